@@ -1,0 +1,112 @@
+"""Make a DSRL-format dataset for any task: SAC with a PID multiplier from scratch, under a schedule of cost limits.
+
+  python benchmark/collect_dataset.py --env-id SafetyBallCircle-v0
+
+As DSRL's collectors did: train under several limits, keep every training episode, thin evenly over the (cost, return)
+plane. The same seed on the same machine gives the same file. Finished runs are kept in --work-dir, so an interrupted
+collection continues where it stopped.
+"""
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import h5py
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+
+@dataclass
+class Args:
+    env_id: str = "SafetyBallCircle-v0"
+    """task to collect from"""
+    cost_limits: tuple[float, ...] = (5, 10, 20, 40, 80, 160)
+    """cost limits per episode, one training run each"""
+    timesteps: int = 20_000
+    """environment steps of each run"""
+    utd: float = 0.5
+    """gradient steps per environment step"""
+    max_episodes: int = 500
+    """episodes kept after thinning, at most"""
+    seed: int = 0
+    """seed of the first run (the k-th has seed + k) and of the thinning"""
+    jobs: int = 2
+    """runs at the same time"""
+    output: str | None = None
+    """file to write; default datasets/<task>.hdf5"""
+    work_dir: str = "runs/collect"
+    """folder of the training runs"""
+
+
+def thin(costs: np.ndarray, returns: np.ndarray, max_episodes: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows (sorted) kept of episodes with these costs and returns, each (n,): at most k, drawn evenly, of every cell of
+    a 60 x 50 grid over the (cost, return) plane (DSRL's grid), with the largest k that keeps at most max_episodes."""
+    cells = {}
+    bins = [np.floor((x - x.min()) / max(np.ptp(x), 1e-9) * n * (1 - 1e-9)).astype(int)
+            for x, n in ((costs, 60), (returns, 50))]
+    for row in rng.permutation(len(costs)):
+        cells.setdefault((bins[0][row], bins[1][row]), []).append(row)
+    kept = [row for cell in cells.values() for row in cell[:1]]
+    for k in range(2, len(costs) + 1):
+        more = [row for cell in cells.values() for row in cell[:k]]
+        if len(more) > max_episodes:
+            break
+        kept = more
+    return np.sort(np.array(kept)[:max_episodes])
+
+
+def main(args: Args) -> None:
+    work = Path(args.work_dir) / f"{args.env_id}__seed{args.seed}"
+    work.mkdir(parents=True, exist_ok=True)
+    files = [work / f"limit{limit:g}.hdf5" for limit in args.cost_limits]
+
+    # --- Train under every limit ---
+    def collect(k: int) -> int:
+        if files[k].exists():
+            return 0
+        command = [sys.executable, str(ROOT / "marvel_sac_pid.py"), "--from-scratch", "--env-id", args.env_id,
+                   "--cost-limit", str(args.cost_limits[k]), "--total-timesteps", str(args.timesteps),
+                   "--utd", str(args.utd), "--alpha", "0.1",
+                   "--seed", str(args.seed + k), "--eval-every", str(args.timesteps), "--eval-episodes", "5",
+                   "--run-dir", str(files[k].with_suffix("")), "--overwrite", "--save-dataset", str(files[k])]
+        with open(files[k].with_suffix(".log"), "w") as log:
+            return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for k, status in enumerate(pool.map(collect, range(len(files)))):
+            if status:
+                common.stop(f"the run under limit {args.cost_limits[k]:g} failed, see {files[k].with_suffix('.log')}")
+
+    # --- Thin and write ---
+    parts = []
+    for file in files:
+        with h5py.File(file) as f:
+            parts.append({key: f[key][()] for key in common.DATASET_KEYS})
+    data = {key: np.concatenate([part[key] for part in parts]) for key in common.DATASET_KEYS}
+    ends, returns, costs = common.episode_sums(data)
+    kept = thin(costs, returns, args.max_episodes, np.random.default_rng(args.seed))
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    rows = np.concatenate([np.arange(starts[k], ends[k] + 1) for k in kept])
+    output = Path(args.output or ROOT / "datasets" / f"{args.env_id}.hdf5")
+    limits = " ".join(f"{limit:g}" for limit in args.cost_limits)
+    common.write_dataset(output, {key: value[rows] for key, value in data.items()}, {
+        "task": args.env_id, "seed": args.seed,
+        "command": f"python benchmark/collect_dataset.py --env-id {args.env_id} --cost-limits {limits} "
+                   f"--timesteps {args.timesteps} --utd {args.utd:g} --max-episodes {args.max_episodes} --seed {args.seed}",
+        "versions": " ".join(f"{name}=={version(name)}" for name in (
+            "torch", "numpy", "gymnasium", "mujoco", "pybullet", "bullet-safety-gym", "dsrl"))})
+    safe = returns[kept][costs[kept] <= 20]
+    print(f"{output}: {len(kept)} of {len(ends)} episodes, {len(rows)} transitions, {output.stat().st_size / 1e6:.1f} MB; "
+          f"return {returns[kept].min():.1f} to {returns[kept].max():.1f}, cost {costs[kept].min():.0f} to "
+          f"{costs[kept].max():.0f}; {len(safe)} episodes with cost <= 20, their 75th percentile of return "
+          f"{np.quantile(safe, 0.75) if len(safe) else float('nan'):.1f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

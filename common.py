@@ -1,0 +1,385 @@
+"""Helpers that both scripts use and that hold no algorithm: tasks, datasets, evaluation, run files.
+
+Units, everywhere: a return or a cost is an undiscounted sum over one episode in the task's own units, unless its
+name says otherwise; actions are in [-1, 1]; a *terminal* ends the task, a *timeout* only cuts the episode.
+"""
+import csv
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import torch
+
+# The mirror that DSRL's main branch points to; the address inside the published package is dead.
+DSRL_MIRROR = "YYY-45/DSRL"
+SHIPPED_DATASETS = Path(__file__).parent / "datasets"
+DATASET_KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
+CHECKPOINT_VERSION = 1
+
+
+def stop(message: str) -> NoReturn:
+    """End the program because of a user's mistake: one line on stderr, exit status 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ------------------------------------------------------------------------------------------------------- tasks
+@dataclass
+class Task:
+    """What a script has to know of a task. Reference returns and the file's name are DSRL's, where it has the task."""
+
+    env_id: str
+    obs_dim: int
+    act_dim: int
+    max_episode_steps: int
+    min_return: float = float("nan")
+    max_return: float = float("nan")
+    dataset_file: str | None = None
+
+    def normalized_return(self, episode_return: float) -> float:
+        """(R - min R) / (max R - min R), DSRL's reference returns; nan for a task that DSRL does not have."""
+        return (episode_return - self.min_return) / (self.max_return - self.min_return)
+
+
+def normalized_cost(episode_cost: float, cost_limit: float) -> float:
+    """(C + eps) / (limit + eps) with eps = 1 for limit 0, else 0: DSRL's; safe is at most 1."""
+    eps = float(cost_limit == 0)
+    return (episode_cost + eps) / (cost_limit + eps)
+
+
+def make_env(env_id: str) -> tuple[gym.Env, Task]:
+    """The simulator and its description. Stops with one line if the task is unknown or does not fit.
+
+    Actions are rescaled to [-1, 1] if the task's box is another one. One reset is thrown away: in bullet's Car and
+    Drone tasks the first one differs from all later ones with the same seed.
+    """
+    import bullet_safety_gym  # noqa: F401  (registers the tasks)
+    from dsrl import infos  # also registers safety-gymnasium's tasks
+
+    if env_id not in gym.registry:
+        near = get_close_matches(env_id, [name for name in gym.registry if name.startswith("Safety")], n=3, cutoff=0.4)
+        stop(f"--env-id {env_id}: no such task; the nearest names are {', '.join(near) or 'none'}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        env = gym.make(env_id)
+    if not isinstance(env.action_space, gym.spaces.Box) or not isinstance(env.observation_space, gym.spaces.Box):
+        stop(f"--env-id {env_id}: observations and actions must be boxes, not {env.observation_space} and "
+             f"{env.action_space}")
+    if len(env.observation_space.shape) != 1 or len(env.action_space.shape) != 1:
+        stop(f"--env-id {env_id}: observations and actions must be vectors; wrap the task to flatten them")
+    if not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
+        env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
+    reset_env(env, 0)
+    info = env.step(np.zeros(env.action_space.shape, env.action_space.dtype))[4]
+    if "cost" not in info:
+        stop(f"--env-id {env_id}: its step() gives no info['cost'], so there is nothing to keep under a limit")
+    name = env_id.removeprefix("Safety").split("-v")[0].removesuffix("Gymnasium")
+    horizon = env.spec.max_episode_steps or infos.DEFAULT_MAX_EPISODE_STEPS.get(name)
+    if not horizon:
+        stop(f"--env-id {env_id}: it has no time limit; register it with max_episode_steps")
+    nan, url = float("nan"), infos.DATASET_URLS.get(name)
+    return env, Task(env_id, env.observation_space.shape[0], env.action_space.shape[0], horizon,
+                     infos.MIN_EPISODE_REWARD.get(name, nan), infos.MAX_EPISODE_REWARD.get(name, nan),
+                     url and url.rsplit("/", 1)[1])
+
+
+def reset_env(env: gym.Env, seed: int) -> np.ndarray:
+    """Start the episode that `seed` stands for and return its first observation, float32 (obs_dim,).
+
+    Bullet ignores reset's seed and draws from numpy's global state, so that is seeded too. The scripts themselves
+    draw nothing from it.
+    """
+    np.random.seed(seed % 2**32)
+    return env.reset(seed=seed)[0].astype(np.float32)
+
+
+def evaluate(env: gym.Env, policy: Callable[[np.ndarray], np.ndarray], episodes: int, seed: int = 10_000) -> dict:
+    """Play `episodes` episodes with the seeds seed, seed + 1, ...; numpy's global random state is left as it was.
+
+    policy: observation (obs_dim,) -> action (act_dim,). Returns arrays (episodes,) of "return", "cost", "length".
+    """
+    state = np.random.get_state()
+    result = {"return": np.zeros(episodes), "cost": np.zeros(episodes), "length": np.zeros(episodes, int)}
+    for k in range(episodes):
+        obs, done = reset_env(env, seed + k), False
+        while not done:
+            next_obs, reward, terminated, truncated, info = env.step(policy(obs))
+            obs, done = next_obs.astype(np.float32), terminated or truncated
+            result["return"][k] += reward
+            result["cost"][k] += info["cost"]
+            result["length"][k] += 1
+    np.random.set_state(state)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- datasets
+def find_dataset(task: Task, dataset_path: str | None) -> Path:
+    """Where the task's dataset lies: --dataset-path, else shipped, else DSRL's cache, else downloaded into that."""
+    if dataset_path:
+        if not Path(dataset_path).is_file():
+            stop(f"--dataset-path {dataset_path}: no such file")
+        return Path(dataset_path)
+    shipped = SHIPPED_DATASETS / f"{task.env_id}.hdf5"
+    if shipped.is_file():
+        return shipped
+    if task.dataset_file is None:
+        stop(f"no dataset is known for {task.env_id}: give one with --dataset-path "
+             f"(benchmark/collect_dataset.py makes one)")
+    cache = Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser()
+    if (cache / task.dataset_file).is_file():
+        return cache / task.dataset_file
+    from huggingface_hub import hf_hub_download  # resumes, retries, and puts a file in place only when it is whole
+
+    print(f"downloading {task.dataset_file} from huggingface.co/datasets/{DSRL_MIRROR} to {cache}")
+    try:
+        return Path(hf_hub_download(DSRL_MIRROR, task.dataset_file, repo_type="dataset", local_dir=cache))
+    except Exception as error:  # whatever the network does, the user needs the same three facts
+        stop(f"cannot download {task.dataset_file} ({type(error).__name__}): get it from "
+             f"https://huggingface.co/datasets/{DSRL_MIRROR} and put it into {cache}, or give --dataset-path")
+
+
+def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
+    """Read a DSRL file and check all that can be checked of it; stops with one line at the first fault.
+
+    Returns contiguous float32 tensors under DATASET_KEYS: observations (n, obs_dim), actions (n, act_dim), the
+    others (n,). Flags are 0 or 1. An episode ends where terminals or timeouts is 1.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            missing = [key for key in DATASET_KEYS if key not in file]
+            if missing:
+                stop(f"{path}: not a DSRL dataset, it lacks {', '.join(missing)}")
+            raw = {key: file[key][()] for key in DATASET_KEYS}
+            made_for = file.attrs.get("task", task.env_id)
+    except OSError as error:
+        stop(f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]})")
+    if made_for != task.env_id:
+        stop(f"{path}: collected from {made_for}, not from {task.env_id}")
+    n, data = len(raw["rewards"]), {}
+    if n == 0:
+        stop(f"{path}: holds no transition")
+    for key, array in raw.items():
+        if array.dtype.kind not in "fiub":
+            stop(f"{path}: {key} holds {array.dtype}, not numbers")
+        width = {"observations": task.obs_dim, "next_observations": task.obs_dim, "actions": task.act_dim}.get(key)
+        if width is None and array.shape == (n, 1):
+            array = array[:, 0]
+        if array.shape != ((n,) if width is None else (n, width)):
+            stop(f"{path}: {key} has shape {array.shape}, {task.env_id} needs {(n,) if width is None else (n, width)}")
+        data[key] = torch.from_numpy(np.ascontiguousarray(array, np.float32))
+        if not bool(torch.isfinite(data[key]).all()):
+            row = int((~torch.isfinite(data[key].reshape(n, -1)).all(1)).nonzero()[0])
+            stop(f"{path}: {key} is not finite at transition {row}")
+    for key in ("terminals", "timeouts"):
+        if not bool(((data[key] == 0) | (data[key] == 1)).all()):
+            stop(f"{path}: {key} must be 0 or 1")
+    if not bool((data["terminals"] + data["timeouts"]).any()):
+        stop(f"{path}: no episode ends in it: terminals and timeouts are all 0")
+    if float(data["actions"].abs().max()) > 1 + 1e-5:
+        stop(f"{path}: actions reach {float(data['actions'].abs().max()):g}, outside [-1, 1]")
+    if float(data["costs"].min()) < 0:
+        stop(f"{path}: costs are negative at transition {int(data['costs'].argmin())}")
+    return data
+
+
+def write_dataset(path: Path, data: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
+    """Write a DSRL file, gzip-compressed, under a temporary name first. The same data gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with h5py.File(part, "w") as file:
+        for key in DATASET_KEYS:
+            array = np.asarray(data[key], bool if key in ("terminals", "timeouts") else np.float32)
+            file.create_dataset(key, data=array, compression="gzip", compression_opts=9, shuffle=True)
+        file.attrs.update(attributes)
+    part.replace(path)
+
+
+def episode_sums(data: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(last row, return, cost) of every finished episode of a dataset, each (episodes,)."""
+    ends = np.flatnonzero((np.asarray(data["terminals"]) > 0) | (np.asarray(data["timeouts"]) > 0))
+    sums = [np.diff(np.cumsum(np.asarray(data[key], np.float64))[ends], prepend=0.0) for key in ("rewards", "costs")]
+    return ends, *sums
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(
+            file.read()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------- run files
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write tensors, numbers, strings, lists and dicts under a temporary name, flush, then rename."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint; torch's weights_only reader cannot execute code. Stops with one line if it is not one."""
+    if not Path(path).is_file():
+        stop(f"--checkpoint {path}: no such file; `python offline_pretrain.py` makes one")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated, not a checkpoint, or one that carries code: torch raises many types
+        stop(f"--checkpoint {path}: not a readable checkpoint ({str(error).splitlines()[0][:100]})")
+    if not isinstance(checkpoint, dict) or checkpoint.get("version") != CHECKPOINT_VERSION:
+        stop(f"--checkpoint {path}: not written by this version of offline_pretrain.py")
+    return checkpoint
+
+
+class RunLogger:
+    """One run's folder: config.json, metrics.csv, TensorBoard events, and Weights & Biases if asked.
+
+    `columns` fixes metrics.csv, one line per call of `row`; what a row does not give stays empty. Nothing in it
+    depends on the clock, so the same seed writes the same file.
+    """
+
+    def __init__(self, run_dir: str, args: Any, columns: list[str]):
+        self.dir, self.columns = Path(run_dir), columns
+        if (self.dir / "config.json").exists():
+            if not args.overwrite:
+                stop(f"--run-dir {run_dir}: holds a run already; --overwrite starts over, another name keeps both")
+            for old in ("config.json", "metrics.csv", "checkpoint.pt", "curves.png", "events.out.tfevents.*"):
+                for file in self.dir.glob(old):
+                    file.unlink()
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.dir / "metrics.csv", "w", newline="")
+        except OSError as error:
+            stop(f"--run-dir {run_dir}: cannot write there ({error.strerror})")
+        (self.dir / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        self.csv = csv.DictWriter(self.file, columns, lineterminator="\n")
+        self.csv.writeheader()
+        self.wandb = None
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project=args.wandb_project_name, name=self.dir.name, config=asdict(args),
+                                    dir=str(self.dir), sync_tensorboard=True, save_code=True)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(self.dir))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """TensorBoard (and Weights & Biases through it) only."""
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.csv, flushed, and the same numbers to TensorBoard."""
+        self.csv.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                           for name, value in values.items()})
+        self.file.flush()
+        self.scalars(step, values)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self.file.close()
+        self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_metrics(path: Path) -> dict[str, np.ndarray]:
+    """metrics.csv as float arrays (rows,), nan where a cell is empty."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]} if rows else {}
+
+
+def rolling_mean(x: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` entries at every entry, of fewer at the start."""
+    sums = np.cumsum(np.concatenate([[0.0], x]))
+    k = np.arange(1, len(x) + 1)
+    return (sums[k] - sums[np.maximum(k - window, 0)]) / np.minimum(k, window)
+
+
+def plot_curves(run_dir: Path, x: str, panels: dict[str, list[str]], cost_limit: float) -> None:
+    """curves.png from metrics.csv: one panel for each title, its columns as lines, the limit where costs are shown."""
+    from matplotlib.figure import Figure  # no pyplot: it needs no display and keeps no global state
+
+    metrics = read_metrics(run_dir / "metrics.csv")
+    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
+    for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for column in columns:
+            seen = ~np.isnan(metrics[column])
+            axes.plot(metrics[x][seen], metrics[column][seen], label=column.replace("_", " "), lw=1)
+        if "cost" in title:
+            axes.axhline(cost_limit, color="k", ls="--", lw=1, label="cost limit")
+        axes.set(title=title, xlabel=x.replace("_", " "))
+        axes.legend(fontsize=7)
+    part = run_dir / "curves.part.png"
+    figure.savefig(part, dpi=110)
+    part.replace(run_dir / "curves.png")
+
+
+def check_checkpoint(path: str, checkpoint: dict, expected: dict[str, Any]) -> None:
+    """Stop with one line at the first field of a checkpoint that is not what the script needs."""
+    for name, value in expected.items():
+        if checkpoint.get(name) != value:
+            stop(f"--checkpoint {path}: {name} is {checkpoint.get(name)}, this run needs {value}")
+
+
+def monte_carlo(env: gym.Env, task: Task, policy: Callable, gamma: float, seed: int, episodes: int = 20,
+                tail: int = 300, every: int = 10) -> dict[str, np.ndarray]:
+    """Discounted returns and costs that follow states and actions of the simulator, to judge Q-functions by.
+
+    Every rollout starts with uniform actions for a random number of steps, then samples the policy. Recorded are the
+    last uniform action and every `every`-th step after it within the task's horizon. Critics bootstrap through the
+    time limit, so the rollout goes on for `tail` steps past the horizon (gamma^300 = 0.05 of what follows is cut
+    off). Returns "observations", "actions", "returns", "costs": (n, ...) float32, unscaled.
+    """
+    state, rng = np.random.get_state(), np.random.default_rng(seed)
+    base = env.unwrapped  # no time limit there
+    out = {"observations": [], "actions": [], "returns": [], "costs": []}
+    for k in range(episodes):
+        obs, done, steps, prefix = reset_env(env, 20_000 + k), False, [], int(rng.integers(task.max_episode_steps // 2))
+        while not done and len(steps) < task.max_episode_steps + tail:
+            uniform = len(steps) <= prefix
+            action = rng.uniform(-1, 1, task.act_dim).astype(np.float32) if uniform else policy(obs, rng)
+            next_obs, reward, done, _, info = base.step(action)
+            steps.append((obs, action, reward, info["cost"]))
+            obs = next_obs.astype(np.float32)
+        returns, costs, value = np.zeros(len(steps)), np.zeros(len(steps)), np.zeros(2)
+        for t in reversed(range(len(steps))):
+            value = np.array(steps[t][2:], float) + gamma * value
+            returns[t], costs[t] = value
+        for t in range(prefix, min(len(steps), task.max_episode_steps), every):
+            for key, item in zip(out, (*steps[t][:2], returns[t], costs[t]), strict=True):
+                out[key].append(item)
+    np.random.set_state(state)
+    return {key: np.array(items, np.float32) for key, items in out.items()}
+
+
+def print_result(run_dir: Path, policies: dict[str, dict], cost_limit: float) -> None:
+    """The table at the end of a run."""
+    print(f"\n{'':18s}{'sampled return':>16s}{'cost':>8s}{'mean-action return':>20s}{'cost':>8s}")
+    for name, result in policies.items():
+        if result:
+            print(f"{name:18s}{result['sampled']['return'].mean():16.1f}{result['sampled']['cost'].mean():8.1f}"
+                  f"{result['mean']['return'].mean():20.1f}{result['mean']['cost'].mean():8.1f}")
+    metrics = read_metrics(run_dir / "metrics.csv")
+    above = np.flatnonzero(rolling_mean(metrics["episode_cost"], 20) > cost_limit)
+    if len(above) == 0:
+        print(f"the mean cost of the last 20 episodes never exceeded the limit of {cost_limit:g}")
+    elif above[-1] + 1 < len(metrics["env_steps"]):
+        print(f"the mean cost of the last 20 episodes is under {cost_limit:g} from "
+              f"{metrics['env_steps'][above[-1] + 1]:.0f} environment steps on")
+    else:
+        print(f"the mean cost of the last 20 episodes is above {cost_limit:g} at the end")
+    print(f"violation regret {metrics['violation_regret'][-1]:.0f}; files in {run_dir}")

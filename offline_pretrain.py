@@ -1,0 +1,319 @@
+# CPQ, Constraints Penalized Q-learning (Xu et al. 2022, arXiv 2107.09003): the offline safe policy. Docs: README.md
+import math
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+import common
+
+
+@dataclass
+class Args:
+    # --- Experiment ---
+    env_id: str = "SafetyBallCircle-v0"
+    """task whose dataset to train on"""
+    seed: int = 0
+    """seed of everything random"""
+    cuda: bool = False
+    """train on the GPU"""
+    track: bool = False
+    """log to Weights & Biases too"""
+    wandb_project_name: str = "marvel"
+    """project of Weights & Biases"""
+    run_dir: str | None = None
+    """folder of this run's files; default runs/<task>__offline_pretrain__seed<seed>"""
+    overwrite: bool = False
+    """start over in a folder that holds a run"""
+
+    # --- Data ---
+    dataset_path: str | None = None
+    """dataset (DSRL HDF5); default the task's own: shipped, in DSRL's cache, or downloaded"""
+
+    # --- Constraint ---
+    cost_limit: float = 20.0
+    """limit of the expected cost per episode (undiscounted sum)"""
+
+    # --- Critics and actor ---
+    gamma: float = 0.99
+    """discount per step, of reward and of cost"""
+    reward_scale: float = 0.1
+    """factor on the reward inside the critics (costs are not scaled); logs are unscaled"""
+    batch_size: int = 256
+    """transitions per gradient step"""
+    update_steps: int = 8_000
+    """gradient steps"""
+    critic_lr: float = 1e-3
+    """learning rate of both critics"""
+    actor_lr: float = 3e-4
+    """learning rate of the actor"""
+    tau: float = 0.02
+    """target networks' step per gradient step"""
+
+    # --- CPQ ---
+    ood_actions: int = 2
+    """policy actions per state that are tested for being out of distribution"""
+    ood_quantile: float = 0.95
+    """out of distribution is a larger VAE KL than this share of the data's own actions has"""
+    penalty_init: float = 0.01
+    """first weight of the penalty on out-of-distribution actions"""
+    penalty_lr: float = 1e-3
+    """learning rate of the penalty weight's logarithm"""
+    vae_lr: float = 1e-3
+    """learning rate of the VAE"""
+    vae_beta: float = 0.5
+    """weight of the VAE's KL term"""
+
+    # --- Evaluation ---
+    eval_every: int = 2_000
+    """gradient steps between evaluations"""
+    eval_episodes: int = 20
+    """episodes of each evaluation, sampled and mean-action"""
+
+
+class Actor(nn.Module):
+    """Squashed Gaussian policy (SAC): a = tanh(u), u ~ N(mean(s), std(s)^2), actions in [-1, 1]^act_dim."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int = 256):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(obs_dim, hidden), nn.Linear(hidden, hidden)
+        self.head = nn.Linear(hidden, 2 * act_dim)
+
+    def gaussian(self, obs):
+        """Mean and log standard deviation of u, each (batch, act_dim)."""
+        mean, log_std = self.head(F.relu(self.fc2(F.relu(self.fc1(obs))))).chunk(2, -1)
+        return mean, log_std.clamp(-5, 2)
+
+    def forward(self, obs):
+        """A reparameterised sample (batch, act_dim) and its log-density (batch,); SAC, appendix C, eq. 21."""
+        mean, log_std = self.gaussian(obs)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+        log_det_tanh = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2) without cancellation
+        return u.tanh(), (log_normal - log_det_tanh).sum(-1)
+
+    def numpy_policy(self):
+        """The policy as a numpy function of one observation: act(obs) is the mean action, act(obs, rng) a sample.
+
+        On the CPU its arrays are views of the parameters and follow every update; from a GPU they are copies.
+        """
+        w1, b1, w2, b2, w3, b3 = (p.detach().cpu().numpy() for p in self.parameters())
+
+        def act(obs, rng=None):
+            x = np.maximum(w2 @ np.maximum(w1 @ obs + b1, 0) + b2, 0)
+            mean, log_std = np.split(w3 @ x + b3, 2)
+            if rng is not None:
+                mean = mean + np.exp(log_std.clip(-5, 2)) * rng.standard_normal(mean.shape, np.float32)
+            return np.tanh(mean)
+
+        return act
+
+
+class Critic(nn.Module):
+    """`n` independent Q-networks of (obs, action), stacked so that a layer of all is one matrix product."""
+
+    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden: int = 256):
+        super().__init__()
+        sizes = [obs_dim + act_dim, hidden, hidden, 1]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):  # nn.Linear's own initialisation
+            self.weights.append(torch.empty(n, fan_in, fan_out).uniform_(-1, 1) / math.sqrt(fan_in))
+            self.biases.append(torch.empty(n, 1, fan_out).uniform_(-1, 1) / math.sqrt(fan_in))
+
+    def forward(self, obs, act):
+        """obs (batch, obs_dim), act (batch, act_dim) -> (n, batch)."""
+        x = torch.cat([obs, act], -1).expand(len(self.weights[0]), -1, -1)
+        x = torch.baddbmm(self.biases[0], x, self.weights[0]).relu_()
+        x = torch.baddbmm(self.biases[1], x, self.weights[1]).relu_()
+        return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)  # a product with one column is slower
+
+
+class VAE(nn.Module):
+    """Conditional VAE of the data's actions; the KL of its encoder tells how far an action is from them."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int = 256):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(obs_dim + act_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden),
+                                     nn.ReLU(), nn.Linear(hidden, 4 * act_dim))
+        self.decoder = nn.Sequential(nn.Linear(obs_dim + 2 * act_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden),
+                                     nn.ReLU(), nn.Linear(hidden, act_dim), nn.Tanh())
+
+    def encode(self, obs, act):
+        """Mean and log std of the latent, each (batch, 2 act_dim), and KL(q(z | s, a) || N(0, 1)), (batch,)."""
+        mean, log_std = self.encoder(torch.cat([obs, act], -1)).chunk(2, -1)
+        log_std = log_std.clamp(-4, 15)
+        return mean, log_std, 0.5 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).sum(-1)
+
+    def loss(self, obs, act, beta):
+        """Squared reconstruction error + beta KL, and the KL (batch,) for its quantile."""
+        mean, log_std, kl = self.encode(obs, act)
+        z = mean + log_std.exp() * torch.randn_like(mean)
+        reconstruction = self.decoder(torch.cat([obs, z], -1))
+        return ((reconstruction - act) ** 2).sum(-1).mean() + beta * kl.mean(), kl.detach()
+
+
+def sample(data, n):
+    """`n` transitions, uniformly with replacement."""
+    index = torch.randint(len(data["rewards"]), (n,), device=data["rewards"].device)
+    return {key: value[index] for key, value in data.items()}
+
+
+@torch.no_grad()
+def cpq_targets(batch, actor, q_target, qc_target, gamma, qc_threshold):
+    """One-step targets (batch,) of Q and Qc; Q's bootstrap is masked where the next cost value is unsafe (CPQ, eq. 8).
+
+    A terminal stops the bootstrap, a time limit does not: `terminals` is 0 there.
+    """
+    next_act, _ = actor(batch["next_observations"])
+    next_qc = qc_target(batch["next_observations"], next_act).mean(0)
+    next_q = q_target(batch["next_observations"], next_act).amin(0) * (next_qc <= qc_threshold)
+    discount = gamma * (1 - batch["terminals"])
+    return batch["rewards"] + discount * next_q, batch["costs"] + discount * next_qc
+
+
+def critic_loss(batch, q, qc, q_target_value, qc_target_value):
+    """Mean squared Bellman errors of Q and Qc, each summed over its ensemble."""
+    obs, act = batch["observations"], batch["actions"]
+    return ((q(obs, act) - q_target_value) ** 2).mean(1).sum(), ((qc(obs, act) - qc_target_value) ** 2).mean(1).sum()
+
+
+def ood_shortfall(obs, actor, vae, qc, n, kl_threshold, qc_threshold):
+    """E[max(0, threshold - Qc(s, a))] over the policy's out-of-distribution actions, and their share.
+
+    CPQ asks for E[Qc] >= threshold there (eq. 7). Ours asks it of every action, so that nothing is gained by raising
+    Qc above the threshold: with the plain expectation Qc inflates without end. The gradient goes through Qc.
+    """
+    obs = obs.repeat(n, 1)
+    with torch.no_grad():
+        act, _ = actor(obs)
+        ood = (vae.encode(obs, act)[2] > kl_threshold).float()
+    shortfall = F.relu(qc_threshold - qc(obs, act).mean(0))
+    return (ood * shortfall).sum() / ood.sum().clamp_min(1), ood.mean()
+
+
+def actor_loss(obs, actor, q, qc, qc_threshold):
+    """-E[1(Qc(s, a) <= threshold) Q(s, a)], a ~ actor (CPQ, eq. 9), and the share of safe actions."""
+    act, _ = actor(obs)
+    with torch.no_grad():
+        safe = (qc(obs, act).mean(0) <= qc_threshold).float()
+    return -(safe * q(obs, act).amin(0)).mean(), safe.mean()
+
+
+COLUMNS = ["update_steps", "q_loss", "qc_loss", "actor_loss", "vae_loss", "q_mean", "qc_mean", "safe_share",
+           "ood_share", "ood_shortfall", "penalty_weight", "eval_sampled_return", "eval_sampled_cost",
+           "eval_mean_return", "eval_mean_cost"]
+
+
+def main(args: Args) -> None:
+    # --- Seeding and task ---
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # one core per run; run seeds in parallel
+    device = torch.device("cuda" if args.cuda else "cpu")
+    env, task = common.make_env(args.env_id)
+
+    # --- Dataset ---
+    dataset_file = common.find_dataset(task, args.dataset_path)
+    dataset = common.read_dataset(dataset_file, task)
+    _, returns, costs = common.episode_sums(dataset)
+    safe_returns = returns[costs <= args.cost_limit]
+    print(f"{dataset_file.name}: {len(returns)} episodes, {len(dataset['rewards'])} transitions, {len(safe_returns)} "
+          f"episodes within the limit, 75th percentile of their return "
+          f"{np.quantile(safe_returns, 0.75) if len(safe_returns) else float('nan'):.1f}")
+    dataset["rewards"] *= args.reward_scale
+    data = {key: value.to(device) for key, value in dataset.items()}
+
+    # --- Networks and optimisers ---
+    actor = Actor(task.obs_dim, task.act_dim).to(device)
+    q, qc = Critic(2, task.obs_dim, task.act_dim).to(device), Critic(1, task.obs_dim, task.act_dim).to(device)
+    q_target, qc_target = deepcopy(q).requires_grad_(False), deepcopy(qc).requires_grad_(False)
+    vae = VAE(task.obs_dim, task.act_dim).to(device)
+    critic_params = [*q.parameters(), *qc.parameters()]
+    target_params = [*q_target.parameters(), *qc_target.parameters()]
+    actor_params = list(actor.parameters())
+    critic_optimizer = torch.optim.Adam(critic_params, args.critic_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(actor_params, args.actor_lr, fused=True)
+    vae_optimizer = torch.optim.Adam(vae.parameters(), args.vae_lr, fused=True)
+    log_penalty = torch.tensor(math.log(args.penalty_init), device=device)
+    # The value of a constant cost per step that sums to the limit over one episode, under bootstrapped time limits:
+    # (limit / T) (1 + gamma + gamma^2 + ...), a discounted sum in units of cost, not an episode's sum.
+    qc_threshold = args.cost_limit / task.max_episode_steps / (1 - args.gamma)
+    run_dir = Path(args.run_dir or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}")
+    logger = common.RunLogger(run_dir, args, COLUMNS)
+
+    def evaluate(episodes):
+        policy, eval_rng = actor.numpy_policy(), np.random.default_rng(args.seed)
+        return {"sampled": common.evaluate(env, lambda obs: policy(obs, eval_rng), episodes),
+                "mean": common.evaluate(env, policy, episodes)}
+
+    bar = tqdm(range(1, args.update_steps + 1), "offline", mininterval=1)
+    for step in bar:
+        batch = sample(data, args.batch_size)
+
+        # --- Update VAE ---
+        vae_loss, kl = vae.loss(batch["observations"], batch["actions"], args.vae_beta)
+        vae_optimizer.zero_grad()
+        vae_loss.backward()
+        vae_optimizer.step()
+
+        # --- Update critics ---
+        targets = cpq_targets(batch, actor, q_target, qc_target, args.gamma, qc_threshold)
+        q_loss, qc_loss = critic_loss(batch, q, qc, *targets)
+        shortfall, ood_share = ood_shortfall(batch["observations"], actor, vae, qc, args.ood_actions,
+                                             kl.quantile(args.ood_quantile), qc_threshold)
+        critic_optimizer.zero_grad()
+        (q_loss + qc_loss + log_penalty.exp() * shortfall).backward()
+        critic_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(target_params, critic_params, args.tau)
+
+        # --- Update penalty weight ---
+        log_penalty += args.penalty_lr * (shortfall.detach() > 0.05 * qc_threshold).float().mul(2).sub(1)
+        log_penalty.clamp_(-7, 3)
+
+        # --- Update actor ---
+        loss, safe_share = actor_loss(batch["observations"], actor, q, qc, qc_threshold)
+        actor_optimizer.zero_grad()
+        loss.backward(inputs=actor_params)  # the critics' own gradients are not wanted here
+        actor_optimizer.step()
+
+        # --- Evaluate and log ---
+        if step % 250 == 0 or step == args.update_steps:
+            row = {"q_loss": q_loss, "qc_loss": qc_loss, "actor_loss": loss, "vae_loss": vae_loss,
+                   "q_mean": targets[0].mean(), "qc_mean": targets[1].mean(), "safe_share": safe_share,
+                   "ood_share": ood_share, "ood_shortfall": shortfall, "penalty_weight": log_penalty.exp()}
+            row = {"update_steps": step} | {name: value.item() for name, value in row.items()}
+            if step % args.eval_every == 0 or step == args.update_steps:
+                result = evaluate(args.eval_episodes)
+                for how in result:
+                    row |= {f"eval_{how}_return": result[how]["return"].mean(),
+                            f"eval_{how}_cost": result[how]["cost"].mean()}
+                bar.set_postfix({"return": f"{row['eval_sampled_return']:.0f}",
+                                 "cost": f"{row['eval_sampled_cost']:.0f}"}, refresh=False)
+            logger.row(step, row)
+
+    # --- Save ---
+    logger.close()
+    common.save_checkpoint(run_dir / "checkpoint.pt", {
+        "args": asdict(args), "env_id": args.env_id, "obs_dim": task.obs_dim, "act_dim": task.act_dim, "hidden": 256,
+        "activation": "relu", "gamma": args.gamma, "reward_scale": args.reward_scale, "cost_limit": args.cost_limit,
+        "dataset": dataset_file.name, "dataset_sha256": common.sha256(dataset_file),
+        "actor": actor.state_dict(), "q": q.state_dict(), "qc": qc.state_dict(), "q_target": q_target.state_dict(),
+        "qc_target": qc_target.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
+        "actor_optimizer": actor_optimizer.state_dict(), "vae": vae.state_dict(),
+        "vae_optimizer": vae_optimizer.state_dict(), "log_penalty": log_penalty,
+        "evaluation": {how: {name: value.tolist() for name, value in result[how].items()} for how in result}})
+    common.plot_curves(run_dir, "update_steps", {
+        "return": ["eval_sampled_return", "eval_mean_return"], "cost": ["eval_sampled_cost", "eval_mean_cost"],
+        "Q": ["q_mean"], "Qc": ["qc_mean"]}, args.cost_limit)
+    env.close()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
