@@ -1,7 +1,7 @@
 """Helpers that both scripts use and that hold no algorithm: tasks, datasets, evaluation, run files.
 
-Units, everywhere: a return or a cost is an undiscounted sum over one episode in the task's own units, unless its
-name says otherwise; actions are in [-1, 1]; a *terminal* ends the task, a *timeout* only cuts the episode.
+Units: a return or a cost is an undiscounted sum over one episode in the task's own units, unless its name
+says otherwise; actions are in [-1, 1]; a terminal ends the task, a timeout only cuts the episode.
 """
 import csv
 import hashlib
@@ -33,10 +33,10 @@ def stop(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-# ------------------------------------------------------------------------------------------------------- tasks
+# --- Tasks ---
 @dataclass
 class Task:
-    """What a script has to know of a task. Reference returns and the file's name are DSRL's, where it has the task."""
+    """What a script has to know of a task; reference returns and file name are DSRL's, if it has the task."""
 
     env_id: str
     obs_dim: int
@@ -60,29 +60,28 @@ def normalized_cost(episode_cost: float, cost_limit: float) -> float:
 def make_env(env_id: str) -> tuple[gym.Env, Task]:
     """The simulator and its description. Stops with one line if the task is unknown or does not fit.
 
-    Actions are rescaled to [-1, 1] if the task's box is another one. One reset is thrown away: in bullet's Car and
-    Drone tasks the first one differs from all later ones with the same seed.
+    Actions are rescaled to [-1, 1] if the task's box is another one. One reset is thrown away: in bullet's
+    Car and Drone tasks the first one differs from all later ones with the same seed.
     """
     import bullet_safety_gym  # noqa: F401  (registers the tasks)
     from dsrl import infos  # also registers safety-gymnasium's tasks
 
     if env_id not in gym.registry:
-        near = get_close_matches(env_id, [name for name in gym.registry if name.startswith("Safety")], n=3, cutoff=0.4)
+        known = [name for name in gym.registry if name.startswith("Safety")]
+        near = get_close_matches(env_id, known, n=3, cutoff=0.4)
         stop(f"--env-id {env_id}: no such task; the nearest names are {', '.join(near) or 'none'}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         env = gym.make(env_id)
-    if not isinstance(env.action_space, gym.spaces.Box) or not isinstance(env.observation_space, gym.spaces.Box):
-        stop(f"--env-id {env_id}: observations and actions must be boxes, not {env.observation_space} and "
-             f"{env.action_space}")
-    if len(env.observation_space.shape) != 1 or len(env.action_space.shape) != 1:
-        stop(f"--env-id {env_id}: observations and actions must be vectors; wrap the task to flatten them")
+    for what, space in ("observation", env.observation_space), ("action", env.action_space):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            stop(f"--env-id {env_id}: its {what} space must be a box of one dimension, not {space}")
     if not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
         env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
     reset_env(env, 0)
     info = env.step(np.zeros(env.action_space.shape, env.action_space.dtype))[4]
     if "cost" not in info:
-        stop(f"--env-id {env_id}: its step() gives no info['cost'], so there is nothing to keep under a limit")
+        stop(f"--env-id {env_id}: its step() gives no info['cost'] to keep under a limit")
     name = env_id.removeprefix("Safety").split("-v")[0].removesuffix("Gymnasium")
     horizon = env.spec.max_episode_steps or infos.DEFAULT_MAX_EPISODE_STEPS.get(name)
     if not horizon:
@@ -96,17 +95,17 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:
     """Start the episode that `seed` stands for and return its first observation, float32 (obs_dim,).
 
-    Bullet ignores reset's seed and draws from numpy's global state, so that is seeded too. The scripts themselves
-    draw nothing from it.
+    Bullet ignores reset's seed and draws from numpy's global state, so that is seeded too. The scripts
+    themselves draw nothing from it.
     """
     np.random.seed(seed % 2**32)
     return env.reset(seed=seed)[0].astype(np.float32)
 
 
-def evaluate(env: gym.Env, policy: Callable[[np.ndarray], np.ndarray], episodes: int, seed: int = 10_000) -> dict:
-    """Play `episodes` episodes with the seeds seed, seed + 1, ...; numpy's global random state is left as it was.
+def evaluate(env: gym.Env, policy: Callable, episodes: int, seed: int = 10_000) -> dict[str, np.ndarray]:
+    """Play episodes with the seeds seed, seed + 1, ...; numpy's global random state is left as it was.
 
-    policy: observation (obs_dim,) -> action (act_dim,). Returns arrays (episodes,) of "return", "cost", "length".
+    policy: observation (obs_dim,) -> action (act_dim,). Returns "return", "cost", "length", each (episodes,).
     """
     state = np.random.get_state()
     result = {"return": np.zeros(episodes), "cost": np.zeros(episodes), "length": np.zeros(episodes, int)}
@@ -122,9 +121,9 @@ def evaluate(env: gym.Env, policy: Callable[[np.ndarray], np.ndarray], episodes:
     return result
 
 
-# ---------------------------------------------------------------------------------------------------- datasets
+# --- Datasets ---
 def find_dataset(task: Task, dataset_path: str | None) -> Path:
-    """Where the task's dataset lies: --dataset-path, else shipped, else DSRL's cache, else downloaded into that."""
+    """The dataset's file: --dataset-path, else shipped, else in DSRL's cache, else downloaded into that."""
     if dataset_path:
         if not Path(dataset_path).is_file():
             stop(f"--dataset-path {dataset_path}: no such file")
@@ -138,7 +137,8 @@ def find_dataset(task: Task, dataset_path: str | None) -> Path:
     cache = Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser()
     if (cache / task.dataset_file).is_file():
         return cache / task.dataset_file
-    from huggingface_hub import hf_hub_download  # resumes, retries, and puts a file in place only when it is whole
+    # resumes, retries, and puts a file in place only when it is whole
+    from huggingface_hub import hf_hub_download
 
     print(f"downloading {task.dataset_file} from huggingface.co/datasets/{DSRL_MIRROR} to {cache}")
     try:
@@ -151,8 +151,8 @@ def find_dataset(task: Task, dataset_path: str | None) -> Path:
 def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
     """Read a DSRL file and check all that can be checked of it; stops with one line at the first fault.
 
-    Returns contiguous float32 tensors under DATASET_KEYS: observations (n, obs_dim), actions (n, act_dim), the
-    others (n,). Flags are 0 or 1. An episode ends where terminals or timeouts is 1.
+    Returns contiguous float32 tensors under DATASET_KEYS: observations (n, obs_dim), actions (n, act_dim),
+    the others (n,). Flags are 0 or 1. An episode ends where terminals or timeouts is 1.
     """
     try:
         with h5py.File(path, "r") as file:
@@ -166,16 +166,18 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
     if made_for != task.env_id:
         stop(f"{path}: collected from {made_for}, not from {task.env_id}")
     n, data = len(raw["rewards"]), {}
+    shapes = {"observations": (n, task.obs_dim), "actions": (n, task.act_dim)}
+    shapes["next_observations"] = shapes["observations"]
     if n == 0:
         stop(f"{path}: holds no transition")
     for key, array in raw.items():
         if array.dtype.kind not in "fiub":
             stop(f"{path}: {key} holds {array.dtype}, not numbers")
-        width = {"observations": task.obs_dim, "next_observations": task.obs_dim, "actions": task.act_dim}.get(key)
-        if width is None and array.shape == (n, 1):
+        shape = shapes.get(key, (n,))
+        if shape == (n,) and array.shape == (n, 1):
             array = array[:, 0]
-        if array.shape != ((n,) if width is None else (n, width)):
-            stop(f"{path}: {key} has shape {array.shape}, {task.env_id} needs {(n,) if width is None else (n, width)}")
+        if array.shape != shape:
+            stop(f"{path}: {key} has shape {array.shape}, {task.env_id} needs {shape}")
         data[key] = torch.from_numpy(np.ascontiguousarray(array, np.float32))
         if not bool(torch.isfinite(data[key]).all()):
             row = int((~torch.isfinite(data[key].reshape(n, -1)).all(1)).nonzero()[0])
@@ -193,7 +195,7 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
 
 
 def write_dataset(path: Path, data: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
-    """Write a DSRL file, gzip-compressed, under a temporary name first. The same data gives the same bytes."""
+    """Write a DSRL file, compressed, under a temporary name first; the same data gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with h5py.File(part, "w") as file:
@@ -207,18 +209,16 @@ def write_dataset(path: Path, data: dict[str, np.ndarray], attributes: dict[str,
 def episode_sums(data: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(last row, return, cost) of every finished episode of a dataset, each (episodes,)."""
     ends = np.flatnonzero((np.asarray(data["terminals"]) > 0) | (np.asarray(data["timeouts"]) > 0))
-    sums = [np.diff(np.cumsum(np.asarray(data[key], np.float64))[ends], prepend=0.0) for key in ("rewards", "costs")]
-    return ends, *sums
+    totals = [np.cumsum(np.asarray(data[key], np.float64))[ends] for key in ("rewards", "costs")]
+    return ends, *(np.diff(total, prepend=0.0) for total in totals)
 
 
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(
-            file.read()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------- run files
+# --- Run files ---
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write tensors, numbers, strings, lists and dicts under a temporary name, flush, then rename."""
     part = path.with_name(path.name + ".part")
@@ -230,12 +230,12 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint; torch's weights_only reader cannot execute code. Stops with one line if it is not one."""
+    """Read a checkpoint with torch's weights_only reader, which cannot execute code; stops with one line."""
     if not Path(path).is_file():
         stop(f"--checkpoint {path}: no such file; `python offline_pretrain.py` makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated, not a checkpoint, or one that carries code: torch raises many types
+    except Exception as error:  # truncated, something else, or carrying code: torch raises many types
         stop(f"--checkpoint {path}: not a readable checkpoint ({str(error).splitlines()[0][:100]})")
     if not isinstance(checkpoint, dict) or checkpoint.get("version") != CHECKPOINT_VERSION:
         stop(f"--checkpoint {path}: not written by this version of offline_pretrain.py")
@@ -245,15 +245,15 @@ def load_checkpoint(path: str | Path) -> dict:
 class RunLogger:
     """One run's folder: config.json, metrics.csv, TensorBoard events, and Weights & Biases if asked.
 
-    `columns` fixes metrics.csv, one line per call of `row`; what a row does not give stays empty. Nothing in it
-    depends on the clock, so the same seed writes the same file.
+    `columns` are those of metrics.csv, one line per call of `row`; what a row does not give stays empty.
+    Nothing in it depends on the clock, so the same seed writes the same file.
     """
 
     def __init__(self, run_dir: str, args: Any, columns: list[str]):
         self.dir, self.columns = Path(run_dir), columns
         if (self.dir / "config.json").exists():
             if not args.overwrite:
-                stop(f"--run-dir {run_dir}: holds a run already; --overwrite starts over, another name keeps both")
+                stop(f"--run-dir {run_dir}: holds a run already; --overwrite starts over")
             for old in ("config.json", "metrics.csv", "checkpoint.pt", "curves.png", "events.out.tfevents.*"):
                 for file in self.dir.glob(old):
                     file.unlink()
@@ -282,8 +282,7 @@ class RunLogger:
 
     def row(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.csv, flushed, and the same numbers to TensorBoard."""
-        self.csv.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                           for name, value in values.items()})
+        self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
         self.file.flush()
         self.scalars(step, values)
 
@@ -310,7 +309,7 @@ def rolling_mean(x: np.ndarray, window: int) -> np.ndarray:
 
 
 def plot_curves(run_dir: Path, x: str, panels: dict[str, list[str]], cost_limit: float) -> None:
-    """curves.png from metrics.csv: one panel for each title, its columns as lines, the limit where costs are shown."""
+    """curves.png from metrics.csv: a panel per title, its columns as lines, the limit where it says cost."""
     from matplotlib.figure import Figure  # no pyplot: it needs no display and keeps no global state
 
     metrics = read_metrics(run_dir / "metrics.csv")
@@ -336,32 +335,38 @@ def check_checkpoint(path: str, checkpoint: dict, expected: dict[str, Any]) -> N
 
 
 def monte_carlo(env: gym.Env, task: Task, policy: Callable, gamma: float, seed: int, episodes: int = 20,
-                tail: int = 300, every: int = 10) -> dict[str, np.ndarray]:
+                tail: int = 400, every: int = 10) -> dict[str, np.ndarray]:
     """Discounted returns and costs that follow states and actions of the simulator, to judge Q-functions by.
 
-    Every rollout starts with uniform actions for a random number of steps, then samples the policy. Recorded are the
-    last uniform action and every `every`-th step after it within the task's horizon. Critics bootstrap through the
-    time limit, so the rollout goes on for `tail` steps past the horizon (gamma^300 = 0.05 of what follows is cut
-    off). Returns "observations", "actions", "returns", "costs": (n, ...) float32, unscaled.
+    Every rollout starts with uniform actions for a random number of steps, then samples the policy. Recorded
+    are the last uniform action and every `every`-th step after it within the task's horizon, if at least `tail`
+    steps follow or the episode terminates (gamma^400 = 0.02 of what follows is cut off). Critics bootstrap
+    through the time limit, so the rollout goes on past it where the simulator lets us wind its clock back.
+    Returns "observations", "actions", "returns", "costs": (n, ...) float32, unscaled.
     """
     state, rng = np.random.get_state(), np.random.default_rng(seed)
-    base = env.unwrapped  # no time limit there
     out = {"observations": [], "actions": [], "returns": [], "costs": []}
     for k in range(episodes):
-        obs, done, steps, prefix = reset_env(env, 20_000 + k), False, [], int(rng.integers(task.max_episode_steps // 2))
-        while not done and len(steps) < task.max_episode_steps + tail:
-            uniform = len(steps) <= prefix
-            action = rng.uniform(-1, 1, task.act_dim).astype(np.float32) if uniform else policy(obs, rng)
-            next_obs, reward, done, _, info = base.step(action)
+        obs, steps, prefix = reset_env(env, 20_000 + k), [], int(rng.integers(task.max_episode_steps // 2))
+        terminated = truncated = False
+        while not (terminated or truncated) and len(steps) < task.max_episode_steps + tail:
+            wrapper = env
+            while wrapper is not env.unwrapped:
+                if hasattr(wrapper, "_elapsed_steps"):
+                    wrapper._elapsed_steps = 0
+                wrapper = wrapper.env
+            uniform = rng.uniform(-1, 1, task.act_dim).astype(np.float32)
+            action = uniform if len(steps) <= prefix else policy(obs, rng)
+            next_obs, reward, terminated, truncated, info = env.step(action)
             steps.append((obs, action, reward, info["cost"]))
             obs = next_obs.astype(np.float32)
-        returns, costs, value = np.zeros(len(steps)), np.zeros(len(steps)), np.zeros(2)
-        for t in reversed(range(len(steps))):
+        value = np.zeros(2)
+        for t in reversed(range(prefix, len(steps))):
             value = np.array(steps[t][2:], float) + gamma * value
-            returns[t], costs[t] = value
-        for t in range(prefix, min(len(steps), task.max_episode_steps), every):
-            for key, item in zip(out, (*steps[t][:2], returns[t], costs[t]), strict=True):
-                out[key].append(item)
+            counts = t < task.max_episode_steps and (terminated or len(steps) - t >= tail)
+            if counts and (t - prefix) % every == 0:
+                for key, item in zip(out, (*steps[t][:2], *value), strict=True):
+                    out[key].append(item)
     np.random.set_state(state)
     return {key: np.array(items, np.float32) for key, items in out.items()}
 

@@ -1,0 +1,94 @@
+"""Run every method of the README's tables, all with the same seeds; a finished run is one CSV file on disk.
+
+  python benchmark/evidence.py                     # the whole grid
+  python benchmark/evidence.py --methods marvel --tasks SafetyBallRun-v0 --seeds 0 1
+
+A run counts as finished when benchmark/results/<task>/<method>/seed<k>.csv exists, which is its metrics.csv, copied
+after it ended well. So an interrupted grid continues where it stopped; remove a file to run it again.
+benchmark/report.py turns the files into tables and pictures.
+"""
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmark" / "results"
+# From scratch needs more steps and more first exploration; all else is the scripts' defaults.
+SCRATCH = ["--from-scratch", "--total-timesteps", "40000", "--alpha", "0.1"]
+METHODS = {
+    # the README's main table
+    "marvel": [],
+    "warm-start": ["--vpa-steps", "0"],
+    "vpa-dual": ["--multiplier", "dual", "--lagrange-init", "0"],
+    "from-scratch": SCRATCH,
+    # the first multiplier, all else Marvel
+    "lagrange-0": ["--lagrange-init", "0"],
+    "lagrange-aligned": ["--lagrange-init", "aligned"],
+    "lagrange-norm-ratio": ["--lagrange-init", "norm-ratio"],
+    "lagrange-1500": ["--lagrange-init", "1500", "--lagrange-max", "2000"],
+}
+
+
+@dataclass
+class Args:
+    tasks: tuple[str, ...] = ("SafetyBallCircle-v0", "SafetyBallRun-v0")
+    """tasks; each needs its dataset (benchmark/collect_dataset.py makes BallRun's)"""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """methods, names as in METHODS"""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """seeds of every method; the offline policy has the same seed"""
+    jobs: int = 2
+    """runs at the same time, one core each"""
+    work_dir: str = "runs/evidence"
+    """folder of the runs themselves"""
+
+
+def run(task: str, method: str, seed: int, work: Path) -> None:
+    """One run, unless its result is there."""
+    result = RESULTS / task / method / f"seed{seed}.csv"
+    if result.exists():
+        return
+    offline = work / task / "offline" / f"seed{seed}"
+    run_dir = work / task / method / f"seed{seed}"
+    if method == "offline":
+        command = ["offline_pretrain.py"]
+    elif method == "from-scratch":
+        command = ["marvel_sac_pid.py", *METHODS[method]]
+    else:
+        command = ["marvel_sac_pid.py", "--checkpoint", str(offline / "checkpoint.pt"), *METHODS[method]]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / "log.txt", "w") as log:
+        status = subprocess.run(
+            [sys.executable, *command, "--env-id", task, "--seed", str(seed), "--run-dir", str(run_dir), "--overwrite"],
+            cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}).returncode
+    if status:
+        print(f"FAILED {task} {method} seed {seed}: see {run_dir / 'log.txt'}", flush=True)
+        return
+    result.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(run_dir / "metrics.csv", result.with_suffix(".part"))
+    result.with_suffix(".part").replace(result)
+    print(f"finished {task} {method} seed {seed}", flush=True)
+
+
+def main(args: Args) -> None:
+    unknown = set(args.methods) - set(METHODS)
+    if unknown:
+        print(f"error: --methods {' '.join(sorted(unknown))}: known are {' '.join(METHODS)}", file=sys.stderr)
+        raise SystemExit(2)
+    work = Path(args.work_dir).resolve()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for task in args.tasks:  # the offline policies first: the others start from them
+            list(pool.map(lambda seed, task=task: run(task, "offline", seed, work), args.seeds))
+        jobs = [(task, method, seed) for seed in args.seeds for task in args.tasks for method in args.methods]
+        list(pool.map(lambda job: run(*job, work), jobs))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
