@@ -25,8 +25,9 @@ PUBLISHED_SHA256 = {
     "safety-gymnasium==0.4.0": "7a429483f0a6cd07d3a9bfad66364aa0d528195ef3353f4853399797da8e8f1c",
 }
 
-# pybullet and mujoco 2.3.3 have no wheels for Python 3.12 or later. This bound makes pip say so in one line.
-REQUIRES_PYTHON = ">=3.10,<3.12"
+# pybullet and mujoco 2.3.3 have no wheels for Python 3.12 or later
+FIRST_PYTHON, FIRST_UNSUPPORTED_PYTHON = (3, 10), (3, 12)
+REQUIRES_PYTHON = ">={}.{},<{}.{}".format(*FIRST_PYTHON, *FIRST_UNSUPPORTED_PYTHON)
 REQUIRES_DIST = (
     "bullet-safety-gym ==1.4.0",
     "gymnasium ==0.28.1",
@@ -92,8 +93,17 @@ METADATA = "\n".join(
 WHEEL = "Wheel-Version: 1.0\nGenerator: dsrl_for_py311\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
 
+def get_requires_for_build_wheel(config_settings=None):
+    """PEP 517 hook: the first one pip calls, and the one place to stop it early on an unsupported Python.
+
+    pip checks Requires-Python only after it has collected, and partly downloaded, every other requirement.
+    """
+    check_python(sys.version_info)
+    return []
+
+
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
-    """PEP 517 hook: lets pip check Requires-Python before anything is downloaded."""
+    """PEP 517 hook: writes the metadata, for which nothing has to be downloaded."""
     folder = Path(metadata_directory, DIST_INFO)
     folder.mkdir()
     (folder / "METADATA").write_text(METADATA, encoding="utf-8")
@@ -117,6 +127,12 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
             entry.external_attr = 0o100644 << 16
             wheel.writestr(entry, data, zipfile.ZIP_DEFLATED)
     return file_name
+
+
+def check_python(version):
+    if not FIRST_PYTHON <= tuple(version[:2]) < FIRST_UNSUPPORTED_PYTHON:
+        found = ".".join(map(str, version[:3]))
+        fail(f"this project requires a different Python: {found} not in '{REQUIRES_PYTHON}'")
 
 
 def download(requirement):

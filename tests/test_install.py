@@ -29,7 +29,7 @@ def pins():
 
 
 def test_every_requirement_is_pinned_and_the_local_one_comes_first():
-    # pip prepares requirements in their order: on an unsupported Python the first one stops it with one line
+    # pip prepares requirements in their order: on an unsupported Python the first one stops it at once
     local, *published = requirements()
     assert local == "./dsrl_for_py311"
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in published), published
@@ -122,6 +122,20 @@ def test_an_edit_that_does_not_fit_is_reported_in_one_line(text):
         repack.edited("package/file.py", text, "old", "new")
     assert "cannot edit package/file.py" in str(failure.value)
     assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("version", [(3, 9, 18), (3, 12, 1), (3, 14, 0)])
+def test_an_unsupported_python_is_reported_in_one_line(version):
+    found = ".".join(map(str, version))
+    with pytest.raises(SystemExit) as failure:
+        repack.check_python(version)
+    assert str(failure.value).endswith(f"requires a different Python: {found} not in '>=3.10,<3.12'")
+
+
+def test_this_python_and_every_supported_one_are_accepted():
+    assert repack.get_requires_for_build_wheel() == []
+    repack.check_python((3, 10, 0))
+    repack.check_python((3, 11, 99))
 
 
 def test_metadata_says_which_python_and_which_dependencies(tmp_path):
