@@ -1,0 +1,207 @@
+"""Value pre-alignment finds the exact values, and the Monte-Carlo values that it is judged by are right."""
+
+from copy import deepcopy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+from marvel_sac_pid import Actor, Args, Critic, critic_loss, q_alignment, sample, soft_targets
+
+# A ring of four states. From s, action a leads to s + 1 with probability (1 + a) / 2, else it stays; in
+# state 1 it does not stay but terminates. All is linear in a, so the exact values are a linear system.
+GAMMA, ALPHA, ALPHA_COST = 0.9, 0.5, 0.3
+REWARD, REWARD_SLOPE = np.array([1.0, 0.0, 2.0, -1.0]), np.array([0.5, 1.0, 0.0, -0.5])
+COST, COST_SLOPE = np.array([0.0, 1.0, 0.5, 2.0]), np.array([0.0, -0.5, 0.5, 1.0])
+ENDS = 1
+
+
+def exact_values(mean_action, entropy, actions, *, alpha=ALPHA, alpha_cost=ALPHA_COST, time_limit_ends=0.0,
+                 terminal_ends=True):
+    """Q and Qc (4, actions) of a policy with these mean actions and entropies, each (4,)."""
+    def transition(action):
+        p = np.zeros((len(action), 4, 4))
+        for s in range(4):
+            p[:, s, (s + 1) % 4] = (1 + action[:, s]) / 2
+            if s != ENDS or not terminal_ends:
+                p[:, s, s] = (1 - action[:, s]) / 2
+        return GAMMA * (1 - time_limit_ends) * p
+
+    result = []
+    grid = np.repeat(actions[:, None], 4, 1)
+    for base, slope, weight in ((REWARD, REWARD_SLOPE, alpha), (COST, COST_SLOPE, alpha_cost)):
+        step = base + slope * mean_action + weight * entropy
+        value = np.linalg.solve(np.eye(4) - transition(mean_action[None])[0], step)
+        result.append((base + slope * grid + transition(grid) @ value).T)
+    return result
+
+
+def transitions():
+    """Every outcome of uniform actions, in its proportion; every fifth transition is cut by a time limit."""
+    rows = {key: [] for key in common.DATASET_KEYS}
+    for s in range(4):
+        for action in np.linspace(-1, 1, 41):
+            for k in range(40):
+                moves = (k + 0.5) / 40 < (1 + action) / 2
+                rows["observations"].append(np.eye(4)[s])
+                rows["next_observations"].append(np.eye(4)[(s + moves) % 4])
+                rows["actions"].append([action])
+                rows["rewards"].append(REWARD[s] + REWARD_SLOPE[s] * action)
+                rows["costs"].append(COST[s] + COST_SLOPE[s] * action)
+                rows["terminals"].append(s == ENDS and not moves)
+                rows["timeouts"].append(k % 5 == 0 and not rows["terminals"][-1])
+    return {key: torch.tensor(np.array(value), dtype=torch.float32) for key, value in rows.items()}
+
+
+def moments(actor):
+    """Mean action and entropy of the policy in every state, by Gauss-Hermite quadrature."""
+    with torch.no_grad():
+        mean, log_std = (x.squeeze(1).double().numpy()[:, None] for x in actor.gaussian(torch.eye(4)))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(80)
+    weights = weights / weights.sum()
+    u = mean + np.exp(log_std) * nodes
+    log_prob = -nodes**2 / 2 - np.log(2 * np.pi) / 2 - log_std + 2 * np.log(np.cosh(u))
+    return np.tanh(u) @ weights, -log_prob @ weights
+
+
+@pytest.fixture(scope="module")
+def aligned():
+    """Critics after the same update loop as in main, and the policy that they are of."""
+    torch.manual_seed(0)
+    args = Args()
+    actor = Actor(4, 1, hidden=16).requires_grad_(False)
+    actor.head.weight[0] *= 10
+    data = transitions()
+    q, qc = Critic(2, 4, 1, hidden=64), Critic(1, 4, 1, hidden=64)
+    q_target, qc_target = deepcopy(q).requires_grad_(False), deepcopy(qc).requires_grad_(False)
+    params = [*q.parameters(), *qc.parameters()]
+    target_params = [*q_target.parameters(), *qc_target.parameters()]
+    optimizer = torch.optim.Adam(params, args.critic_lr, fused=True)
+    for step in range(2000):
+        optimizer.param_groups[0]["lr"] = args.critic_lr if step < 1500 else args.critic_lr / 10
+        batch = sample(data, args.batch_size)
+        targets = soft_targets(batch, actor, q_target, qc_target, GAMMA, ALPHA, ALPHA_COST)
+        loss = sum(critic_loss(batch, q, qc, *targets))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(target_params, params, args.vpa_tau)
+    actions = np.linspace(-0.9, 0.9, 7)
+    obs = torch.eye(4).repeat_interleave(7, 0)
+    act = torch.tensor(np.tile(actions, 4), dtype=torch.float32)[:, None]
+    with torch.no_grad():
+        learned = [q(obs, act).mean(0).reshape(4, 7).numpy(), qc(obs, act).mean(0).reshape(4, 7).numpy()]
+    return learned, moments(actor), actions
+
+
+TOLERANCE = 0.04  # of the largest exact value
+
+
+def worst_errors(learned, exact):
+    return [abs(mine - true).max() / abs(true).max() for mine, true in zip(learned, exact, strict=True)]
+
+
+def test_vpa_finds_the_exact_values(aligned):
+    learned, policy, actions = aligned
+    assert policy[0].max() - policy[0].min() > 0.1  # a policy that depends on the state
+    assert max(worst_errors(learned, exact_values(*policy, actions))) < TOLERANCE
+
+
+@pytest.mark.parametrize("mistake", [
+    {"time_limit_ends": 0.2}, {"terminal_ends": False}, {"alpha": 0.0, "alpha_cost": 0.0},
+    {"alpha": -ALPHA, "alpha_cost": -ALPHA_COST},
+])
+def test_vpa_values_are_told_from_those_of_a_mistake(aligned, mistake):
+    learned, policy, actions = aligned
+    assert min(worst_errors(learned, exact_values(*policy, actions, **mistake))) > 2 * TOLERANCE
+
+
+class Counter(gym.Env):
+    """Reward 1 and cost 1/2 per step; terminates after `life` steps. Observes steps and last action."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, life):
+        self.life = life
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(2), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.array([self.steps, action[0]]), 1.0, self.steps == self.life, False, {"cost": 0.5}
+
+
+HORIZON = 20
+TASK = common.Task("Counter-v0", 2, 1, HORIZON)
+
+
+def counter(life):
+    return gym.wrappers.TimeLimit(Counter(life), HORIZON)
+
+
+def steady(obs, rng=None):
+    return np.full(1, 0.25, np.float32)
+
+
+@pytest.mark.parametrize(("life", "end"), [(10**6, HORIZON + 30), (15, 15)], ids=["time limit", "terminal"])
+def test_monte_carlo_goes_on_after_a_time_limit_and_stops_at_a_terminal(life, end):
+    gamma = 0.9
+    samples = common.monte_carlo(counter(life), TASK, steady, gamma, seed=3, episodes=25, tail=30, every=3)
+    start = samples["observations"][:, 0]
+    assert len(set(start)) > 10
+    assert start.max() < min(end, HORIZON)
+    exact = (1 - gamma ** (end - start)) / (1 - gamma)
+    np.testing.assert_allclose(samples["returns"], exact, rtol=1e-5)
+    np.testing.assert_allclose(samples["costs"], exact / 2, rtol=1e-5)
+
+
+def test_monte_carlo_starts_with_one_uniform_action_then_follows_the_policy():
+    samples = common.monte_carlo(counter(10**6), TASK, steady, 0.9, seed=3, episodes=200, tail=30, every=3)
+    start, first = samples["observations"][:, 0], samples["actions"][:, 0] != 0.25
+    assert first.sum() == 200
+    assert set(start[first]) == set(range(HORIZON // 2))
+    uniform = samples["actions"][first, 0]
+    np.testing.assert_allclose(np.quantile(uniform, [0, 0.25, 0.5, 0.75, 1]), [-1, -0.5, 0, 0.5, 1], atol=0.2)
+    assert sorted(start) == sorted(step for prefix in start[first] for step in np.arange(prefix, HORIZON, 3))
+
+
+def test_monte_carlo_repeats_with_its_seed_and_leaves_the_global_random_state():
+    np.random.seed(5)
+    expected = np.random.RandomState(5).rand(3)
+    one, two, other = (common.monte_carlo(counter(15), TASK, steady, 0.9, seed=seed, episodes=5, tail=30)
+                       for seed in (3, 3, 4))
+    for key in one:
+        np.testing.assert_array_equal(one[key], two[key])
+    assert not np.array_equal(one["actions"], other["actions"])
+    np.testing.assert_array_equal(np.random.rand(3), expected)
+
+
+class Curve(nn.Module):
+    """`curve` of the counter's exact value; `worse` is added for a second member."""
+
+    def __init__(self, curve, *worse):
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor([0.0, *worse]))
+        self.curve = curve
+
+    def forward(self, obs, act):
+        return self.curve((1 - 0.9 ** (50 - obs[:, 0])) / 0.1) + self.shift[:, None]
+
+
+def test_alignment_of_known_critics():
+    samples = common.monte_carlo(counter(10**6), TASK, steady, 0.9, seed=3, tail=30, every=3)
+    values = samples["returns"].mean()
+    q, qc = Curve(lambda value: 0.1 * value + 0.3, 5.0), Curve(lambda value: -value)
+    result = q_alignment(samples, q, qc, 0.1)
+    assert result["q_spearman"] == pytest.approx(1, abs=1e-3)
+    assert result["qc_spearman"] == pytest.approx(-1, abs=1e-3)
+    assert result["q_bias"] == pytest.approx(0.3, abs=1e-4)
+    assert result["qc_bias"] == pytest.approx(-1.5 * values, rel=1e-4)  # -return against return / 2
