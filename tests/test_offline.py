@@ -1,23 +1,27 @@
-"""CPQ: the penalty on out-of-distribution actions, the VAE that finds them, and the masked actor loss."""
+"""CPQ: the penalty on out-of-distribution actions, the VAE that finds them, and the actor's loss."""
 
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
 from torch import nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 
 from offline_pretrain import VAE, Actor, Args, Critic, actor_loss, ood_shortfall
 
 
 class OneAction(nn.Module):
-    """The action `shift` + the observation in every state."""
+    """Acts obs + shift; its density has parameters of its own, to tell the two gradients apart."""
 
     def __init__(self, shift=0.0):
         super().__init__()
         self.shift = nn.Parameter(torch.tensor(shift))
+        self.mean, self.log_std = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.tensor(-0.7))
 
     def forward(self, obs):
         return obs + self.shift, torch.zeros(len(obs))
+
+    def gaussian(self, obs):
+        return self.mean.expand(len(obs), 1), self.log_std.expand(len(obs), 1)
 
 
 class Magnitude:
@@ -147,28 +151,62 @@ def test_vae_tells_far_actions_from_the_datas(trained_vae):
     assert mannwhitneyu(kl_far, kl_near).statistic / 1000**2 > 0.9  # the area under the ROC curve
 
 
-def test_actor_is_not_moved_by_unsafe_actions():
-    """Actions obs + shift, Q the smaller of 3 a and 3 a + 1, Qc 10 |a|: three rows are above threshold 5."""
+def slope_three(obs, act):
+    return torch.stack([3 * act[:, 0], 3 * act[:, 0] + 1])
+
+
+def ten_times_the_size(obs, act):
+    return 10 * act.abs().T
+
+
+def test_actor_is_not_moved_by_its_unsafe_actions():
+    """Actions obs + shift, Q = 3 a, Qc = 10 |a|: three rows are above threshold 5; E|Q| = 8.1 / 5 = 1.62."""
     actor = OneAction(0.0)
-
-    def q(obs, act):
-        return torch.stack([3 * act[:, 0], 3 * act[:, 0] + 1])
-
-    def qc(obs, act):
-        return 10 * act.abs().T
-
-    loss, share = actor_loss(OBS, actor, q, qc, THRESHOLD)
+    loss, share, _ = actor_loss({"observations": OBS, "actions": OBS}, actor, slope_three, ten_times_the_size,
+                                THRESHOLD, 0.0)
     loss.backward()
     assert share.item() == pytest.approx(2 / 5)
-    assert loss.item() == pytest.approx(-3 * (0.1 - 0.2) / 5)
-    assert actor.shift.grad.item() == pytest.approx(-3 * 2 / 5)
+    assert loss.item() == pytest.approx(-3 * (0.1 - 0.2) / 5 / 1.62)
+    assert actor.shift.grad.item() == pytest.approx(-3 * 2 / 5 / 1.62)
     actor.shift.grad = None
-    loss, share = actor_loss(OBS[:3], actor, q, qc, THRESHOLD)
+    loss, share, _ = actor_loss({"observations": OBS[:3], "actions": OBS[:3]}, actor, slope_three,
+                                ten_times_the_size, THRESHOLD, 0.0)
     loss.backward()
     assert (loss.item(), share.item(), actor.shift.grad.item()) == (0.0, 0.0, 0.0)
 
 
 def test_action_at_the_threshold_is_safe():
     obs = torch.tensor([[0.5]])
-    _, share = actor_loss(obs, OneAction(), lambda obs, act: act.T, lambda obs, act: 10 * act.T, 5.0)
-    assert share.item() == 1
+    _, share, imitated = actor_loss({"observations": obs, "actions": obs}, OneAction(), slope_three,
+                                    ten_times_the_size, THRESHOLD, 0.1)
+    assert (share.item(), imitated.item()) == (1.0, 1.0)
+
+
+def test_actor_imitates_the_datas_safe_actions_that_are_no_worse_than_its_own():
+    """Q = 3 a and Qc = 10 |a| with threshold 5, so "no worse" is "no smaller" and "safe" is "at most 1/2"."""
+    actor = OneAction(0.0)
+    data = torch.tensor([[0.4],  # safe, but worse than 0.9
+                         [-0.3],  # safe and better than -0.8
+                         [0.8],  # better than 0.7, but unsafe
+                         [0.1],  # the same
+                         [-0.4]])  # safe, but worse than -0.2
+    loss, _, imitated = actor_loss({"observations": OBS, "actions": data}, actor, slope_three,
+                                   ten_times_the_size, THRESHOLD, 0.25)
+    loss.backward()
+    assert imitated.item() == pytest.approx(2 / 5)
+    mean, log_std = actor.mean.detach().requires_grad_(), actor.log_std.detach().requires_grad_()
+    policy = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform())
+    (-0.25 * policy.log_prob(data[[1, 3]]).sum() / 5).backward()
+    assert actor.mean.grad.item() == pytest.approx(mean.grad.item(), rel=1e-5)
+    assert actor.log_std.grad.item() == pytest.approx(log_std.grad.item(), rel=1e-5)
+    assert actor.shift.grad.item() == pytest.approx(-3 * 2 / 5 / 1.62)  # as without imitation
+
+
+def test_imitating_an_action_on_the_border_is_finite():
+    actor = OneAction(0.0)
+    data = torch.tensor([[1.0], [1.0], [1.0], [-1.0], [-1.0]])
+    loss, _, imitated = actor_loss({"observations": OBS, "actions": data}, actor, slope_three,
+                                   lambda obs, act: 0 * act.T, THRESHOLD, 0.25)
+    loss.backward()
+    assert imitated.item() == pytest.approx(3 / 5)
+    assert all(torch.isfinite(x).all() for x in (loss, actor.mean.grad, actor.log_std.grad))
