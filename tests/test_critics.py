@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from marvel_sac_pid import Actor, Critic, actor_loss, aligned_multiplier, critic_loss, soft_targets
+from marvel_sac_pid import Actor, Critic, actor_loss, aligned_multipliers, critic_loss, soft_targets
 from offline_pretrain import cpq_targets
 
 
@@ -193,10 +193,9 @@ def test_actor_gradient_leaves_the_critics_gradients_alone():
     ([3.0, 4.0], [-3.0, -4.0], 0.0, 1.0),  # opposed: -1 is clipped
 ])
 def test_first_multiplier_of_known_gradients(g1, g2, least_squares, norm_ratio):
-    multipliers = aligned_multiplier(torch.ones(5, 1), Actor(1, 2, hidden=8), LinearCritic([g1], 2),
-                                     LinearCritic([g2], 1))
-    assert multipliers["aligned"] == pytest.approx(least_squares, abs=1e-6)
-    assert multipliers["norm-ratio"] == pytest.approx(norm_ratio)
+    q, qc = LinearCritic([g1], 2), LinearCritic([g2], 1)
+    multipliers = aligned_multipliers(torch.ones(5, 1), Actor(1, 2, hidden=8), q, qc)
+    assert multipliers == pytest.approx((least_squares, norm_ratio), abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -205,12 +204,12 @@ def test_aligned_multiplier_minimises_the_lagrangians_gradient(seed):
     g2 = rng.normal(size=(6, 3)).astype(np.float32)
     g1 = (rng.uniform(-0.5, 2) * g2 + 0.5 * rng.normal(size=(6, 3))).astype(np.float32)
     q, qc = LinearCritic(g1, 2), LinearCritic(g2, 1)
-    multipliers = aligned_multiplier(torch.eye(6), Actor(6, 3, hidden=8), q, qc)
+    aligned, norm_ratio = aligned_multipliers(torch.eye(6), Actor(6, 3, hidden=8), q, qc)
     grid = np.arange(0, 4, 1e-3)
     residual = [((g1 - value * g2) ** 2).sum() for value in grid]
-    assert multipliers["aligned"] == pytest.approx(grid[np.argmin(residual)], abs=1e-3)
+    assert aligned == pytest.approx(grid[np.argmin(residual)], abs=1e-3)
     lengths = [sum(sum(x**2 for x in row) ** 0.5 for row in gradients.tolist()) for gradients in (g1, g2)]
-    assert multipliers["norm-ratio"] == pytest.approx(lengths[0] / lengths[1], rel=1e-5)
+    assert norm_ratio == pytest.approx(lengths[0] / lengths[1], rel=1e-5)
 
 
 def test_first_multiplier_uses_the_lower_of_the_two_reward_critics():
@@ -219,11 +218,9 @@ def test_first_multiplier_uses_the_lower_of_the_two_reward_critics():
             return torch.stack([3 * act[:, 0] + 100, 5 * act[:, 0] - 100])
 
     actor, qc = Actor(1, 1, hidden=8), LinearCritic([[2.0]], 1)
-    multipliers = aligned_multiplier(torch.ones(5, 1), actor, TwoSlopes(), qc)
-    assert multipliers == {"aligned": pytest.approx(2.5), "norm-ratio": pytest.approx(2.5)}
+    assert aligned_multipliers(torch.ones(5, 1), actor, TwoSlopes(), qc) == pytest.approx((2.5, 2.5))
 
 
 def test_first_multiplier_is_finite_where_the_cost_critic_is_flat():
-    multipliers = aligned_multiplier(torch.ones(5, 1), Actor(1, 1, hidden=8), LinearCritic([[1.0]], 2),
-                                     LinearCritic([[0.0]], 1))
-    assert all(np.isfinite(value) for value in multipliers.values())
+    q, qc = LinearCritic([[1.0]], 2), LinearCritic([[0.0]], 1)
+    assert np.isfinite(aligned_multipliers(torch.ones(5, 1), Actor(1, 1, hidden=8), q, qc)).all()
