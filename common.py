@@ -339,17 +339,18 @@ def monte_carlo(env: gym.Env, task: Task, policy: Callable, gamma: float, seed: 
     """Discounted returns and costs that follow states and actions of the simulator, to judge Q-functions by.
 
     Every rollout starts with uniform actions for a random number of steps, then samples the policy. Recorded
-    are the last uniform action and every `every`-th step after it within the task's horizon, if at least `tail`
-    steps follow or the episode terminates (gamma^400 = 0.02 of what follows is cut off). Critics bootstrap
-    through the time limit, so the rollout goes on past it where the simulator lets us wind its clock back.
+    are the last uniform action and every `every`-th step after it within the task's horizon, if `tail` steps
+    follow (half a horizon if that is less) or the episode terminates; gamma^400 = 0.02 of what follows is cut
+    off. Critics bootstrap through the time limit, so the rollout goes on past it where the simulator's clock
+    can be wound back.
     Returns "observations", "actions", "returns", "costs": (n, ...) float32, unscaled.
     """
-    state, rng = np.random.get_state(), np.random.default_rng(seed)
+    state, rng, horizon = np.random.get_state(), np.random.default_rng(seed), task.max_episode_steps
     out = {"observations": [], "actions": [], "returns": [], "costs": []}
     for k in range(episodes):
-        obs, steps, prefix = reset_env(env, 20_000 + k), [], int(rng.integers(task.max_episode_steps // 2))
+        obs, steps, prefix = reset_env(env, 20_000 + k), [], int(rng.integers(horizon // 2))
         terminated = truncated = False
-        while not (terminated or truncated) and len(steps) < task.max_episode_steps + tail:
+        while not (terminated or truncated) and len(steps) < horizon + tail:
             wrapper = env
             while wrapper is not env.unwrapped:
                 if hasattr(wrapper, "_elapsed_steps"):
@@ -363,7 +364,7 @@ def monte_carlo(env: gym.Env, task: Task, policy: Callable, gamma: float, seed: 
         value = np.zeros(2)
         for t in reversed(range(prefix, len(steps))):
             value = np.array(steps[t][2:], float) + gamma * value
-            counts = t < task.max_episode_steps and (terminated or len(steps) - t >= tail)
+            counts = t < horizon and (terminated or len(steps) - t >= min(tail, horizon // 2))
             if counts and (t - prefix) % every == 0:
                 for key, item in zip(out, (*steps[t][:2], *value), strict=True):
                     out[key].append(item)
@@ -379,9 +380,11 @@ def print_result(run_dir: Path, policies: dict[str, dict], cost_limit: float) ->
             print(f"{name:18s}{result['sampled']['return'].mean():16.1f}{result['sampled']['cost'].mean():8.1f}"
                   f"{result['mean']['return'].mean():20.1f}{result['mean']['cost'].mean():8.1f}")
     metrics = read_metrics(run_dir / "metrics.csv")
-    above = np.flatnonzero(rolling_mean(metrics["episode_cost"], 20) > cost_limit)
-    if len(above) == 0:
-        print(f"the mean cost of the last 20 episodes never exceeded the limit of {cost_limit:g}")
+    above = np.flatnonzero(rolling_mean(metrics["episode_cost"], 20)[19:] > cost_limit) + 19
+    if len(metrics["episode_cost"]) < 20:
+        print("fewer than 20 episodes: too few for a rolling mean of the cost")
+    elif len(above) == 0:
+        print(f"the mean cost of 20 consecutive episodes never exceeded the limit of {cost_limit:g}")
     elif above[-1] + 1 < len(metrics["env_steps"]):
         print(f"the mean cost of the last 20 episodes is under {cost_limit:g} from "
               f"{metrics['env_steps'][above[-1] + 1]:.0f} environment steps on")

@@ -38,15 +38,15 @@ class Args:
     checkpoint: str | None = None
     """what offline_pretrain.py wrote; default runs/<task>__offline_pretrain__seed<seed>/checkpoint.pt"""
     dataset_path: str | None = None
-    """dataset for VPA (DSRL HDF5); default the checkpoint's task's own: shipped, in DSRL's cache, or downloaded"""
+    """dataset for VPA (DSRL HDF5); default the task's own: shipped, in DSRL's cache, or downloaded"""
     from_scratch: bool = False
     """no checkpoint and no VPA: plain SAC-Lagrangian from random networks"""
 
     # --- Constraint ---
     cost_limit: float = 20.0
     """limit of the expected cost per episode (undiscounted sum)"""
-    cost_margin: float = 0.0
-    """the multiplier aims at (1 - cost_margin) * cost_limit"""
+    cost_margin: float = 0.3
+    """the multiplier aims at (1 - cost_margin) * cost_limit; aiming at the limit exceeds it half the time"""
 
     # --- Both phases ---
     gamma: float = 0.99
@@ -61,7 +61,7 @@ class Args:
     # --- Value pre-alignment ---
     vpa_steps: int = 3_000
     """gradient steps of pre-alignment; 0 is Warm Start"""
-    vpa_tau: float = 0.05
+    vpa_tau: float = 0.1
     """target networks' step in VPA; the policy is frozen, so it may be large (README, difference 3)"""
     vpa_alpha: float = 0.01
     """entropy weight in VPA's reward targets (per step, in units of scaled reward)"""
@@ -71,7 +71,7 @@ class Args:
     """start VPA from the offline critics or from fresh ones"""
 
     # --- Online SAC ---
-    total_timesteps: int = 12_000
+    total_timesteps: int = 10_000
     """environment steps of finetuning"""
     rollout_episodes: int = 1
     """full episodes collected between two updates of the multiplier"""
@@ -79,8 +79,6 @@ class Args:
     """gradient steps per environment step"""
     learning_starts: int = 1_000
     """environment steps with uniform actions and no update, with --from-scratch only"""
-    offline_fraction: float = 0.0
-    """share of every online batch that comes from the offline dataset"""
     actor_lr: float = 3e-4
     """learning rate of the actor"""
     tau: float = 0.005
@@ -95,11 +93,12 @@ class Args:
     # --- Lagrange multiplier ---
     multiplier: Literal["apid", "apid-published", "pid", "dual", "fixed"] = "apid"
     """adaptive PID, its published law, plain PID, dual ascent, or fixed at --lagrange-init"""
-    lagrange_init: Literal["aligned", "norm-ratio"] | float = "aligned"
-    """first multiplier: from the aligned critics (least squares, or ratio of gradient norms) or a number"""
+    lagrange_init: Literal["relax", "aligned", "norm-ratio"] | float = "relax"
+    """first multiplier: a number, or from the critics: least squares, ratio of norms, or the second relaxing
+    to the first"""
     lagrange_max: float = 100.0
     """largest multiplier"""
-    kp: float = 0.02
+    kp: float = 0.01
     """proportional gain per unit of episode cost"""
     ki: float = 0.002
     """integral gain per unit of episode cost and multiplier update; dual ascent's step size too"""
@@ -140,7 +139,7 @@ class Actor(nn.Module):
         return u.tanh(), (log_normal - log_det_tanh).sum(-1)
 
     def numpy_policy(self):
-        """The policy as a numpy function of one observation: act(obs) is the mean action, act(obs, rng) a sample.
+        """The policy as a numpy function of one observation: act(obs) is the mean, act(obs, rng) a sample.
 
         On the CPU its arrays are views of the parameters and follow every update; from a GPU they are copies.
         """
@@ -172,11 +171,12 @@ class Critic(nn.Module):
         x = torch.cat([obs, act], -1).expand(len(self.weights[0]), -1, -1)
         x = torch.baddbmm(self.biases[0], x, self.weights[0]).relu_()
         x = torch.baddbmm(self.biases[1], x, self.weights[1]).relu_()
-        return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)  # a product with one column is slower
+        # the last layer has one column: a sum is faster than a matrix product
+        return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)
 
 
 class PIDLagrangian:
-    """Lagrange multiplier set by a PID controller with adaptive gains (Stooke et al. 2020; Marvel, section 4.2).
+    """Lagrange multiplier set by a PID controller with adaptive gains (Stooke et al. 2020; Marvel).
 
     With J the mean undiscounted episode cost of a rollout block and e = J - cost_limit, one update is
         I <- max(0, I + ki e)       P <- ema P + (1 - ema) e       C <- ema C + (1 - ema) J
@@ -185,21 +185,20 @@ class PIDLagrangian:
     f = 1 + adapt_rate (m - limit) / max(m, limit), within [1 - adapt_rate, 1 + adapt_rate]:
         m above the limit:  kp, ki <- f kp, f ki       kd <- (1 + adapt_rate min(1, s / m)) kd
         else:               I <- f I                   each gain <- max(f gain, its first value)
-    Gains stay below 10 times their first value. adapt_rate = 0 is plain PID; kp = kd = 0 with it is dual ascent.
-    `published` keeps the released law instead, for comparison (README, difference 7).
+    Gains stay below 10 times their first value. adapt_rate = 0 is plain PID, with kp = kd = 0 dual ascent.
+    `published` keeps the released law instead, for comparison (README, differences).
     """
 
-    def __init__(self, cost_limit: float, kp: float, ki: float, kd: float, ema: float = 0.9, d_delay: int = 10,
-                 adapt_rate: float = 0.05, lagrange_init: float = 0.0, lagrange_max: float = 100.0,
-                 published: bool = False):
-        self.cost_limit, self.ema, self.adapt_rate, self.lagrange_max = cost_limit, ema, adapt_rate, lagrange_max
-        self.published = published
-        self.first_gains = [kp, ki, kd]
-        self.gains = [kp, ki, kd]
-        self.integral, self.error_ema, self.cost_ema = lagrange_init, 0.0, 0.0
+    def __init__(self, cost_limit: float, kp: float, ki: float, kd: float, ema: float = 0.9,
+                 d_delay: int = 10, adapt_rate: float = 0.05, lagrange_init: float = 0.0,
+                 lagrange_max: float = 100.0, published: bool = False):
+        self.cost_limit, self.ema, self.adapt_rate = cost_limit, ema, adapt_rate
+        self.lagrange_max, self.published = lagrange_max, published
+        self.first_gains, self.gains = [kp, ki, kd], [kp, ki, kd]
+        self.integral, self.error_ema, self.cost_ema = min(lagrange_init, lagrange_max), 0.0, 0.0
         self.cost_emas = deque([0.0], maxlen=d_delay)
         self.costs = deque(maxlen=d_delay)
-        self.multiplier = lagrange_init
+        self.multiplier = self.integral
 
     def update(self, episode_cost: float) -> float:
         """Take the mean undiscounted cost of the last block's episodes, return the new multiplier."""
@@ -237,14 +236,14 @@ class PIDLagrangian:
 
     def state_dict(self) -> dict:
         """Everything that changes, as numbers and lists."""
-        return {"gains": list(self.gains), "integral": self.integral, "error_ema": self.error_ema,
-                "cost_ema": self.cost_ema, "cost_emas": list(self.cost_emas), "costs": list(self.costs),
-                "multiplier": self.multiplier}
+        numbers = {name: getattr(self, name) for name in ("integral", "error_ema", "cost_ema", "multiplier")}
+        return numbers | {name: list(getattr(self, name)) for name in ("gains", "cost_emas", "costs")}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what state_dict gave."""
-        self.gains, self.integral = list(state["gains"]), state["integral"]
-        self.error_ema, self.cost_ema, self.multiplier = state["error_ema"], state["cost_ema"], state["multiplier"]
+        for name in ("integral", "error_ema", "cost_ema", "multiplier"):
+            setattr(self, name, state[name])
+        self.gains = list(state["gains"])
         self.cost_emas = deque(state["cost_emas"], self.cost_emas.maxlen)
         self.costs = deque(state["costs"], self.costs.maxlen)
 
@@ -271,7 +270,8 @@ def soft_targets(batch, actor, q_target, qc_target, gamma, alpha, alpha_cost):
 def critic_loss(batch, q, qc, q_target_value, qc_target_value):
     """Mean squared Bellman errors of Q and Qc, each summed over its ensemble."""
     obs, act = batch["observations"], batch["actions"]
-    return ((q(obs, act) - q_target_value) ** 2).mean(1).sum(), ((qc(obs, act) - qc_target_value) ** 2).mean(1).sum()
+    q_error, qc_error = q(obs, act) - q_target_value, qc(obs, act) - qc_target_value
+    return (q_error**2).mean(1).sum(), (qc_error**2).mean(1).sum()
 
 
 def actor_loss(obs, actor, q, qc, alpha, lagrange_multiplier):
@@ -281,19 +281,19 @@ def actor_loss(obs, actor, q, qc, alpha, lagrange_multiplier):
     return (alpha * log_prob - lagrangian).mean() / (1 + lagrange_multiplier), log_prob.detach()
 
 
-def aligned_multiplier(obs, actor, q, qc):
+def aligned_multipliers(obs, actor, q, qc):
     """Two first multipliers from the critics' action-gradients at the policy's own actions on states `obs`.
 
-    The policy is stationary for the Lagrangian where grad Q = lambda grad Qc. Least squares over the states gives
-    E[grad Q . grad Qc] / E[|grad Qc|^2]; the ratio of norms E|grad Q| / E|grad Qc| is never smaller by much more
-    than the critics' noise, and the safer of the two. Units: scaled reward per cost.
+    The policy is stationary for the Lagrangian where grad Q = lambda grad Qc. Least squares over the states
+    gives E[grad Q . grad Qc] / E[|grad Qc|^2]. The ratio of norms sqrt(E[|grad Q|^2] / E[|grad Qc|^2]) takes
+    them for parallel: by Cauchy-Schwarz it is never smaller, so safer. Units: scaled reward per cost.
     """
     act = actor(obs)[0].detach().requires_grad_()
     (grad_q,) = torch.autograd.grad(q(obs, act).amin(0).sum(), act)
     (grad_qc,) = torch.autograd.grad(qc(obs, act).mean(0).sum(), act)
     least_squares = (grad_q * grad_qc).sum() / (grad_qc**2).sum().clamp_min(1e-12)
-    norm_ratio = grad_q.norm(dim=1).sum() / grad_qc.norm(dim=1).sum().clamp_min(1e-12)
-    return {"aligned": max(0.0, least_squares.item()), "norm-ratio": norm_ratio.item()}
+    norm_ratio = grad_q.norm() / grad_qc.norm().clamp_min(1e-6)
+    return max(0.0, least_squares.item()), norm_ratio.item()
 
 
 def q_alignment(samples, q, qc, reward_scale):
@@ -305,14 +305,16 @@ def q_alignment(samples, q, qc, reward_scale):
         obs, act = (torch.as_tensor(samples[key], device=device) for key in ("observations", "actions"))
         q_value, qc_value = q(obs, act).amin(0).cpu().numpy(), qc(obs, act).mean(0).cpu().numpy()
     mc_q, mc_qc = reward_scale * samples["returns"], samples["costs"]
-    return {"q_spearman": float(spearmanr(q_value, mc_q).statistic), "q_bias": float((q_value - mc_q).mean()),
-            "qc_spearman": float(spearmanr(qc_value, mc_qc).statistic), "qc_bias": float((qc_value - mc_qc).mean())}
+    return {"q_spearman": float(spearmanr(q_value, mc_q).statistic),
+            "q_bias": float((q_value - mc_q).mean()),
+            "qc_spearman": float(spearmanr(qc_value, mc_qc).statistic),
+            "qc_bias": float((qc_value - mc_qc).mean())}
 
 
 COLUMNS = ["env_steps", "episode", "episode_return", "episode_cost", "normalized_return", "normalized_cost",
-           "lagrange_multiplier", "kp", "ki", "kd", "cumulative_cost", "violation_regret", "q_loss", "qc_loss",
-           "actor_loss", "q_mean", "qc_mean", "alpha", "entropy", "eval_sampled_return", "eval_sampled_cost",
-           "eval_mean_return", "eval_mean_cost"]
+           "cumulative_cost", "violation_regret", "lagrange_multiplier", "kp", "ki", "kd", "q_loss",
+           "qc_loss", "q_mean", "qc_mean", "actor_loss", "alpha", "entropy", "eval_sampled_return",
+           "eval_sampled_cost", "eval_mean_return", "eval_mean_cost"]
 
 
 def main(args: Args) -> None:
@@ -324,15 +326,16 @@ def main(args: Args) -> None:
     env, task = common.make_env(args.env_id)
     eval_env, _ = common.make_env(args.env_id)
 
+    needed = dict(env_id=args.env_id, obs_dim=task.obs_dim, act_dim=task.act_dim, hidden=256,
+                  activation="relu", gamma=args.gamma, reward_scale=args.reward_scale)
+
     # --- Networks and optimisers ---
     actor = Actor(task.obs_dim, task.act_dim).to(device)
     q, qc = Critic(2, task.obs_dim, task.act_dim).to(device), Critic(1, task.obs_dim, task.act_dim).to(device)
     if not args.from_scratch:
         path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
         offline = common.load_checkpoint(path)
-        common.check_checkpoint(path, offline, {
-            "env_id": args.env_id, "obs_dim": task.obs_dim, "act_dim": task.act_dim, "hidden": 256,
-            "activation": "relu", "gamma": args.gamma, "reward_scale": args.reward_scale})
+        common.check_checkpoint(path, offline, needed)
         actor.load_state_dict(offline["actor"])
         if args.vpa_critics == "offline":
             q.load_state_dict(offline["q"])
@@ -368,7 +371,7 @@ def main(args: Args) -> None:
         critic_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(target_params, critic_params, tau)
-        return {"q_loss": q_loss, "qc_loss": qc_loss, "q_mean": targets[0].mean(), "qc_mean": targets[1].mean()}
+        return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=targets[0].mean(), qc_mean=targets[1].mean())
 
     # --- Value pre-alignment ---
     start = None if args.from_scratch else evaluate(args.eval_episodes)
@@ -387,32 +390,35 @@ def main(args: Args) -> None:
             logger.scalars(0, {f"vpa/{name}_before": before[name], f"vpa/{name}_after": after[name]})
 
     # --- Lagrange multiplier ---
-    lagrange_init = args.lagrange_init
+    lagrange_init, excess = args.lagrange_init, 0.0
     if args.from_scratch and isinstance(lagrange_init, str):
         lagrange_init = 0.0  # there are no critics to align it with yet
     elif isinstance(lagrange_init, str):
-        candidates = aligned_multiplier(sample(offline_data, 4096)["observations"], actor, q, qc)
-        print("first multiplier", {name: round(value, 4) for name, value in candidates.items()})
-        lagrange_init = candidates[lagrange_init]
+        aligned, norm_ratio = aligned_multipliers(sample(offline_data, 4096)["observations"], actor, q, qc)
+        print(f"first multiplier: least squares {aligned:.3f}, ratio of norms {norm_ratio:.3f}")
+        lagrange_init = norm_ratio if args.lagrange_init == "norm-ratio" else aligned
+        excess = norm_ratio - aligned if args.lagrange_init == "relax" else 0.0
     kp, ki, kd = {"dual": (0.0, args.ki, 0.0), "fixed": (0.0, 0.0, 0.0)}.get(
         args.multiplier, (args.kp, args.ki, args.kd))
     controller = PIDLagrangian(
         args.cost_limit * (1 - args.cost_margin), kp, ki, kd, lagrange_init=lagrange_init,
         lagrange_max=args.lagrange_max, published=args.multiplier == "apid-published",
         adapt_rate=args.adapt_rate if args.multiplier.startswith("apid") else 0.0)
+    controller.multiplier += excess
+    controller.error_ema = excess / kp if kp > 0 else 0.0  # P forgets the excess at its own rate
 
     # --- Replay buffer ---
     capacity = args.total_timesteps + args.rollout_episodes * task.max_episode_steps
-    widths = {"observations": (task.obs_dim,), "next_observations": (task.obs_dim,), "actions": (task.act_dim,)}
+    widths = dict(observations=(task.obs_dim,), next_observations=(task.obs_dim,), actions=(task.act_dim,))
     storage = {key: torch.zeros(capacity, *widths.get(key, ()), device=device) for key in common.DATASET_KEYS}
-    env_steps = episode = gradient_steps = evaluations = 0
+    env_steps = episode = evaluations = 0
     cumulative_cost = violation_regret = 0.0
     bar = tqdm(total=args.total_timesteps, desc="online", mininterval=1)
     while env_steps < args.total_timesteps:
         # --- Collect full episodes ---
         rows, first, policy = [], env_steps, actor.numpy_policy()
         for _ in range(args.rollout_episodes):
-            obs, done, row = common.reset_env(env, int(rng.integers(2**31))), False, {}
+            obs, done = common.reset_env(env, int(rng.integers(2**31))), False
             episode_return = episode_cost = 0.0
             while not done:
                 if args.from_scratch and env_steps < args.learning_starts:
@@ -420,21 +426,21 @@ def main(args: Args) -> None:
                 else:
                     action = policy(obs, rng)
                 next_obs, reward, terminated, truncated, info = env.step(action)
-                next_obs, done = next_obs.astype(np.float32), terminated or truncated
-                for key, value in zip(common.DATASET_KEYS, (
-                        obs, next_obs, action, args.reward_scale * reward, info["cost"], terminated, truncated),
-                        strict=True):
+                next_obs, done, cost = next_obs.astype(np.float32), terminated or truncated, info["cost"]
+                transition = obs, next_obs, action, args.reward_scale * reward, cost, terminated, truncated
+                for key, value in zip(common.DATASET_KEYS, transition, strict=True):
                     storage[key][env_steps] = torch.as_tensor(value)
                 obs, env_steps = next_obs, env_steps + 1
-                episode_return, episode_cost = episode_return + reward, episode_cost + info["cost"]
+                episode_return, episode_cost = episode_return + float(reward), episode_cost + float(cost)
             episode += 1
             cumulative_cost += episode_cost
             violation_regret += max(0.0, episode_cost - args.cost_limit)
-            rows.append({"env_steps": env_steps, "episode": episode, "episode_return": float(episode_return),
-                         "episode_cost": float(episode_cost),
-                         "normalized_return": task.normalized_return(episode_return),
-                         "normalized_cost": common.normalized_cost(episode_cost, args.cost_limit),
-                         "cumulative_cost": float(cumulative_cost), "violation_regret": float(violation_regret)})
+            rows.append(dict(
+                env_steps=env_steps, episode=episode,
+                episode_return=episode_return, episode_cost=episode_cost,
+                normalized_return=task.normalized_return(episode_return),
+                normalized_cost=common.normalized_cost(episode_cost, args.cost_limit),
+                cumulative_cost=cumulative_cost, violation_regret=violation_regret))
 
         # --- Update the multiplier ---
         if not args.from_scratch or env_steps > args.learning_starts:
@@ -444,10 +450,7 @@ def main(args: Args) -> None:
         losses, online_data = {}, {key: value[:env_steps] for key, value in storage.items()}
         updates = round(args.utd * (env_steps - first))
         for _ in range(0 if args.from_scratch and env_steps < args.learning_starts else updates):
-            batch = sample(online_data, args.batch_size - round(args.batch_size * args.offline_fraction))
-            if args.offline_fraction > 0:
-                offline_batch = sample(offline_data, round(args.batch_size * args.offline_fraction))
-                batch = {key: torch.cat([value, offline_batch[key]]) for key, value in batch.items()}
+            batch = sample(online_data, args.batch_size)
 
             # --- Update critics ---
             alpha = log_alpha.detach().exp()
@@ -465,14 +468,14 @@ def main(args: Args) -> None:
                 alpha_optimizer.zero_grad()
                 alpha_loss.backward()
                 alpha_optimizer.step()
-            losses.update(actor_loss=loss, alpha=alpha, entropy=-log_prob.mean())
-            gradient_steps += 1
+            losses |= dict(actor_loss=loss, alpha=alpha, entropy=-log_prob.mean())
 
         # --- Evaluate and log ---
         if env_steps >= (evaluations + 1) * args.eval_every or env_steps >= args.total_timesteps:
             evaluations = env_steps // args.eval_every
             for how, result in evaluate(args.eval_episodes).items():
-                rows[-1] |= {f"eval_{how}_return": result["return"].mean(), f"eval_{how}_cost": result["cost"].mean()}
+                rows[-1][f"eval_{how}_return"] = result["return"].mean()
+                rows[-1][f"eval_{how}_cost"] = result["cost"].mean()
         rows[-1] |= {name: value.item() for name, value in losses.items()}
         rows[-1] |= dict(zip(("kp", "ki", "kd"), controller.gains, strict=True))
         for row in rows:
@@ -485,9 +488,8 @@ def main(args: Args) -> None:
     # --- Save ---
     logger.close()
     common.save_checkpoint(run_dir / "checkpoint.pt", {
-        "args": asdict(args), "env_id": args.env_id, "obs_dim": task.obs_dim, "act_dim": task.act_dim, "hidden": 256,
-        "activation": "relu", "gamma": args.gamma, "reward_scale": args.reward_scale, "cost_limit": args.cost_limit,
-        "actor": actor.state_dict(), "q": q.state_dict(), "qc": qc.state_dict(), "q_target": q_target.state_dict(),
+        **needed, "cost_limit": args.cost_limit, "args": asdict(args), "actor": actor.state_dict(),
+        "q": q.state_dict(), "qc": qc.state_dict(), "q_target": q_target.state_dict(),
         "qc_target": qc_target.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
         "actor_optimizer": actor_optimizer.state_dict(), "log_alpha": log_alpha.detach(),
         "multiplier": controller.state_dict()})

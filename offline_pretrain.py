@@ -1,4 +1,4 @@
-# CPQ, Constraints Penalized Q-learning (Xu et al. 2022, arXiv 2107.09003): the offline safe policy. Docs: README.md
+# Constraints Penalized Q-learning (Xu et al. 2022, arXiv 2107.09003): an offline safe policy. Docs: README.md
 import math
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -47,7 +47,7 @@ class Args:
     """factor on the reward inside the critics (costs are not scaled); logs are unscaled"""
     batch_size: int = 256
     """transitions per gradient step"""
-    update_steps: int = 8_000
+    update_steps: int = 6_000
     """gradient steps"""
     critic_lr: float = 1e-3
     """learning rate of both critics"""
@@ -57,17 +57,17 @@ class Args:
     """target networks' step per gradient step"""
 
     # --- CPQ ---
+    bc_weight: float = 0.1
+    """weight of imitating the data's actions that are safe and better than the policy's own"""
     ood_actions: int = 2
     """policy actions per state that are tested for being out of distribution"""
     ood_quantile: float = 0.95
     """out of distribution is a larger VAE KL than this share of the data's own actions has"""
-    penalty_init: float = 0.01
-    """first weight of the penalty on out-of-distribution actions"""
-    penalty_lr: float = 1e-3
-    """learning rate of the penalty weight's logarithm"""
+    ood_weight: float = 0.01
+    """weight of the penalty that raises Qc of out-of-distribution actions to the threshold"""
     vae_lr: float = 1e-3
     """learning rate of the VAE"""
-    vae_beta: float = 0.5
+    vae_beta: float = 0.1
     """weight of the VAE's KL term"""
 
     # --- Evaluation ---
@@ -100,7 +100,7 @@ class Actor(nn.Module):
         return u.tanh(), (log_normal - log_det_tanh).sum(-1)
 
     def numpy_policy(self):
-        """The policy as a numpy function of one observation: act(obs) is the mean action, act(obs, rng) a sample.
+        """The policy as a numpy function of one observation: act(obs) is the mean, act(obs, rng) a sample.
 
         On the CPU its arrays are views of the parameters and follow every update; from a GPU they are copies.
         """
@@ -132,7 +132,8 @@ class Critic(nn.Module):
         x = torch.cat([obs, act], -1).expand(len(self.weights[0]), -1, -1)
         x = torch.baddbmm(self.biases[0], x, self.weights[0]).relu_()
         x = torch.baddbmm(self.biases[1], x, self.weights[1]).relu_()
-        return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)  # a product with one column is slower
+        # the last layer has one column: a sum is faster than a matrix product
+        return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)
 
 
 class VAE(nn.Module):
@@ -140,13 +141,15 @@ class VAE(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden: int = 256):
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(obs_dim + act_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden),
-                                     nn.ReLU(), nn.Linear(hidden, 4 * act_dim))
-        self.decoder = nn.Sequential(nn.Linear(obs_dim + 2 * act_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden),
-                                     nn.ReLU(), nn.Linear(hidden, act_dim), nn.Tanh())
+        self.encoder = nn.Sequential(
+            nn.Linear(obs_dim + act_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+            nn.Linear(hidden, 4 * act_dim))
+        self.decoder = nn.Sequential(
+            nn.Linear(obs_dim + 2 * act_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+            nn.Linear(hidden, act_dim), nn.Tanh())
 
     def encode(self, obs, act):
-        """Mean and log std of the latent, each (batch, 2 act_dim), and KL(q(z | s, a) || N(0, 1)), (batch,)."""
+        """Mean and log std of the latent (batch, 2 act_dim) and KL(q(z | s, a) || N(0, 1)), (batch,)."""
         mean, log_std = self.encoder(torch.cat([obs, act], -1)).chunk(2, -1)
         log_std = log_std.clamp(-4, 15)
         return mean, log_std, 0.5 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).sum(-1)
@@ -167,7 +170,7 @@ def sample(data, n):
 
 @torch.no_grad()
 def cpq_targets(batch, actor, q_target, qc_target, gamma, qc_threshold):
-    """One-step targets (batch,) of Q and Qc; Q's bootstrap is masked where the next cost value is unsafe (CPQ, eq. 8).
+    """One-step targets (batch,) of Q and Qc; Q's bootstrap is masked where the next action is unsafe (eq. 8).
 
     A terminal stops the bootstrap, a time limit does not: `terminals` is 0 there.
     """
@@ -181,14 +184,15 @@ def cpq_targets(batch, actor, q_target, qc_target, gamma, qc_threshold):
 def critic_loss(batch, q, qc, q_target_value, qc_target_value):
     """Mean squared Bellman errors of Q and Qc, each summed over its ensemble."""
     obs, act = batch["observations"], batch["actions"]
-    return ((q(obs, act) - q_target_value) ** 2).mean(1).sum(), ((qc(obs, act) - qc_target_value) ** 2).mean(1).sum()
+    q_error, qc_error = q(obs, act) - q_target_value, qc(obs, act) - qc_target_value
+    return (q_error**2).mean(1).sum(), (qc_error**2).mean(1).sum()
 
 
 def ood_shortfall(obs, actor, vae, qc, n, kl_threshold, qc_threshold):
     """E[max(0, threshold - Qc(s, a))] over the policy's out-of-distribution actions, and their share.
 
-    CPQ asks for E[Qc] >= threshold there (eq. 7). Ours asks it of every action, so that nothing is gained by raising
-    Qc above the threshold: with the plain expectation Qc inflates without end. The gradient goes through Qc.
+    CPQ asks for E[Qc] >= threshold there (eq. 7). Ours asks it of every single action, so that nothing is
+    gained by raising Qc above the threshold: under the expectation it inflates. The gradient goes through Qc.
     """
     obs = obs.repeat(n, 1)
     with torch.no_grad():
@@ -198,16 +202,30 @@ def ood_shortfall(obs, actor, vae, qc, n, kl_threshold, qc_threshold):
     return (ood * shortfall).sum() / ood.sum().clamp_min(1), ood.mean()
 
 
-def actor_loss(obs, actor, q, qc, qc_threshold):
-    """-E[1(Qc(s, a) <= threshold) Q(s, a)], a ~ actor (CPQ, eq. 9), and the share of safe actions."""
+def actor_loss(batch, actor, q, qc, qc_threshold, bc_weight):
+    """CPQ's objective (eq. 9) and filtered imitation; also the shares of safe and of imitated actions.
+
+    -E[1(Qc(s, a) <= threshold) Q(s, a)] / E|Q|, a ~ actor, has no gradient where the policy is unsafe, and
+    follows Q's errors wherever Qc finds them safe. So the data's own actions b that are safe and worth more
+    than the policy's are imitated too, critic-regularised regression (Wang et al. 2020) under CPQ's condition:
+    -bc_weight E[1(Qc(s, b) <= threshold and Q(s, b) >= Q(s, a)) log pi(b | s)].
+    """
+    obs, data_act = batch["observations"], batch["actions"]
     act, _ = actor(obs)
+    value = q(obs, act).amin(0)
     with torch.no_grad():
         safe = (qc(obs, act).mean(0) <= qc_threshold).float()
-    return -(safe * q(obs, act).amin(0)).mean(), safe.mean()
+        better = (qc(obs, data_act).mean(0) <= qc_threshold) & (q(obs, data_act).amin(0) >= value)
+        u = data_act.clamp(-0.995, 0.995).atanh()
+    mean, log_std = actor.gaussian(obs)
+    log_likelihood = (-0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std).sum(-1)  # up to a constant
+    scale = value.detach().abs().mean().clamp_min(1e-6)
+    loss = -(safe * value).mean() / scale - bc_weight * (better * log_likelihood).mean()
+    return loss, safe.mean(), better.float().mean()
 
 
-COLUMNS = ["update_steps", "q_loss", "qc_loss", "actor_loss", "vae_loss", "q_mean", "qc_mean", "safe_share",
-           "ood_share", "ood_shortfall", "penalty_weight", "eval_sampled_return", "eval_sampled_cost",
+COLUMNS = ["update_steps", "q_loss", "qc_loss", "q_mean", "qc_mean", "actor_loss", "vae_loss", "safe_share",
+           "imitated_share", "ood_share", "ood_shortfall", "eval_sampled_return", "eval_sampled_cost",
            "eval_mean_return", "eval_mean_cost"]
 
 
@@ -223,8 +241,8 @@ def main(args: Args) -> None:
     dataset = common.read_dataset(dataset_file, task)
     _, returns, costs = common.episode_sums(dataset)
     safe_returns = returns[costs <= args.cost_limit]
-    print(f"{dataset_file.name}: {len(returns)} episodes, {len(dataset['rewards'])} transitions, {len(safe_returns)} "
-          f"episodes within the limit, 75th percentile of their return "
+    print(f"{dataset_file.name}: {len(returns)} episodes, {len(dataset['rewards'])} transitions; "
+          f"{len(safe_returns)} episodes within the limit, 75th percentile of their return "
           f"{np.quantile(safe_returns, 0.75) if len(safe_returns) else float('nan'):.1f}")
     dataset["rewards"] *= args.reward_scale
     data = {key: value.to(device) for key, value in dataset.items()}
@@ -240,10 +258,10 @@ def main(args: Args) -> None:
     critic_optimizer = torch.optim.Adam(critic_params, args.critic_lr, fused=True)
     actor_optimizer = torch.optim.Adam(actor_params, args.actor_lr, fused=True)
     vae_optimizer = torch.optim.Adam(vae.parameters(), args.vae_lr, fused=True)
-    log_penalty = torch.tensor(math.log(args.penalty_init), device=device)
-    # The value of a constant cost per step that sums to the limit over one episode, under bootstrapped time limits:
-    # (limit / T) (1 + gamma + gamma^2 + ...), a discounted sum in units of cost, not an episode's sum.
-    qc_threshold = args.cost_limit / task.max_episode_steps / (1 - args.gamma)
+    # The limit is a sum over an episode's T steps, Qc a discounted one: spent evenly, the limit has the
+    # discounted sum (limit / T) (1 + gamma + ... + gamma^(T-1)).
+    horizon = task.max_episode_steps
+    qc_threshold = args.cost_limit / horizon * (1 - args.gamma**horizon) / (1 - args.gamma)
     run_dir = Path(args.run_dir or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}")
     logger = common.RunLogger(run_dir, args, COLUMNS)
 
@@ -268,32 +286,28 @@ def main(args: Args) -> None:
         shortfall, ood_share = ood_shortfall(batch["observations"], actor, vae, qc, args.ood_actions,
                                              kl.quantile(args.ood_quantile), qc_threshold)
         critic_optimizer.zero_grad()
-        (q_loss + qc_loss + log_penalty.exp() * shortfall).backward()
+        (q_loss + qc_loss + args.ood_weight * shortfall).backward()
         critic_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(target_params, critic_params, args.tau)
 
-        # --- Update penalty weight ---
-        log_penalty += args.penalty_lr * (shortfall.detach() > 0.05 * qc_threshold).float().mul(2).sub(1)
-        log_penalty.clamp_(-7, 3)
-
         # --- Update actor ---
-        loss, safe_share = actor_loss(batch["observations"], actor, q, qc, qc_threshold)
+        loss, safe_share, imitated_share = actor_loss(batch, actor, q, qc, qc_threshold, args.bc_weight)
         actor_optimizer.zero_grad()
         loss.backward(inputs=actor_params)  # the critics' own gradients are not wanted here
         actor_optimizer.step()
 
         # --- Evaluate and log ---
         if step % 250 == 0 or step == args.update_steps:
-            row = {"q_loss": q_loss, "qc_loss": qc_loss, "actor_loss": loss, "vae_loss": vae_loss,
-                   "q_mean": targets[0].mean(), "qc_mean": targets[1].mean(), "safe_share": safe_share,
-                   "ood_share": ood_share, "ood_shortfall": shortfall, "penalty_weight": log_penalty.exp()}
-            row = {"update_steps": step} | {name: value.item() for name, value in row.items()}
+            losses = dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=targets[0].mean(), qc_mean=targets[1].mean(),
+                          actor_loss=loss, vae_loss=vae_loss, safe_share=safe_share,
+                          imitated_share=imitated_share, ood_share=ood_share, ood_shortfall=shortfall)
+            row = {"update_steps": step} | {name: value.item() for name, value in losses.items()}
             if step % args.eval_every == 0 or step == args.update_steps:
                 result = evaluate(args.eval_episodes)
                 for how in result:
-                    row |= {f"eval_{how}_return": result[how]["return"].mean(),
-                            f"eval_{how}_cost": result[how]["cost"].mean()}
+                    row[f"eval_{how}_return"] = result[how]["return"].mean()
+                    row[f"eval_{how}_cost"] = result[how]["cost"].mean()
                 bar.set_postfix({"return": f"{row['eval_sampled_return']:.0f}",
                                  "cost": f"{row['eval_sampled_cost']:.0f}"}, refresh=False)
             logger.row(step, row)
@@ -301,17 +315,18 @@ def main(args: Args) -> None:
     # --- Save ---
     logger.close()
     common.save_checkpoint(run_dir / "checkpoint.pt", {
-        "args": asdict(args), "env_id": args.env_id, "obs_dim": task.obs_dim, "act_dim": task.act_dim, "hidden": 256,
-        "activation": "relu", "gamma": args.gamma, "reward_scale": args.reward_scale, "cost_limit": args.cost_limit,
-        "dataset": dataset_file.name, "dataset_sha256": common.sha256(dataset_file),
-        "actor": actor.state_dict(), "q": q.state_dict(), "qc": qc.state_dict(), "q_target": q_target.state_dict(),
+        "env_id": args.env_id, "obs_dim": task.obs_dim, "act_dim": task.act_dim, "hidden": 256,
+        "activation": "relu", "gamma": args.gamma, "reward_scale": args.reward_scale,
+        "cost_limit": args.cost_limit, "args": asdict(args), "dataset": dataset_file.name,
+        "dataset_sha256": common.sha256(dataset_file), "actor": actor.state_dict(),
+        "q": q.state_dict(), "qc": qc.state_dict(), "q_target": q_target.state_dict(),
         "qc_target": qc_target.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
         "actor_optimizer": actor_optimizer.state_dict(), "vae": vae.state_dict(),
-        "vae_optimizer": vae_optimizer.state_dict(), "log_penalty": log_penalty,
-        "evaluation": {how: {name: value.tolist() for name, value in result[how].items()} for how in result}})
+        "vae_optimizer": vae_optimizer.state_dict(),
+        "evaluation": {how: {name: x.tolist() for name, x in result[how].items()} for how in result}})
     common.plot_curves(run_dir, "update_steps", {
-        "return": ["eval_sampled_return", "eval_mean_return"], "cost": ["eval_sampled_cost", "eval_mean_cost"],
-        "Q": ["q_mean"], "Qc": ["qc_mean"]}, args.cost_limit)
+        "return": ["eval_sampled_return", "eval_mean_return"],
+        "cost": ["eval_sampled_cost", "eval_mean_cost"], "targets": ["q_mean", "qc_mean"]}, args.cost_limit)
     env.close()
 
 

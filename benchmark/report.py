@@ -1,0 +1,107 @@
+"""Tables and pictures of the README from the files that benchmark/evidence.py left under benchmark/results/.
+
+  python benchmark/report.py
+
+Writes benchmark/results/summary.md and one picture per task. Numbers are the mean over seeds +- the half-width of
+the 95 % t-interval. All are of the last policy.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmark" / "results"
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+COST_LIMIT = 20.0
+PICTURE = {"from-scratch": "tab:gray", "warm-start": "tab:orange", "vpa-dual": "tab:green", "marvel": "tab:blue"}
+
+
+def interval(values: list[float]) -> str:
+    """Mean +- half-width of the 95 % t-interval over seeds, or the bare mean of one seed; nan if any is missing."""
+    x = np.array(values, float)
+    if np.isnan(x).any():
+        return f"reached by {np.isfinite(x).sum()} of {len(x)}"
+    if len(x) == 1:
+        return f"{x[0]:.1f}"
+    return f"{x.mean():.1f} ± {stats.t.ppf(0.975, len(x) - 1) * stats.sem(x):.1f}"
+
+
+def plateau(runs: list[dict]) -> float:
+    """Mean training return over the last quarter of each run's steps, averaged over runs."""
+    return float(np.mean([r["episode_return"][r["env_steps"] > 0.75 * r["env_steps"][-1]].mean() for r in runs]))
+
+
+def steps_to(run: dict, target: float, window: int = 10) -> float:
+    """First step at which the last `window` training episodes have mean return >= target and mean cost <= limit."""
+    good = ((common.rolling_mean(run["episode_return"], window) >= target)
+            & (common.rolling_mean(run["episode_cost"], window) <= COST_LIMIT))
+    good[: window - 1] = False
+    return float(run["env_steps"][np.argmax(good)]) if good.any() else float("nan")
+
+
+def table(task: str, runs: dict[str, list[dict]]) -> list[str]:
+    """The task's rows of summary.md."""
+    target = 0.95 * plateau(runs["from-scratch"]) if "from-scratch" in runs else float("nan")
+    lines = [f"### {task}, cost limit {COST_LIMIT:g}", "",
+             "| method | seeds | env steps | sampled return | sampled cost | mean-action return | mean-action cost "
+             "| violation regret | episodes over the limit | worst 20-episode mean cost "
+             f"| steps to a safe return of {target:.0f} |", "|" + "---|" * 11]
+    for method, seeds in runs.items():
+        final = [interval([run[f"eval_{how}_{what}"][-1] for run in seeds])
+                 for how in ("sampled", "mean") for what in ("return", "cost")]
+        cells = [method, str(len(seeds))]
+        if method == "offline":
+            lines.append("| " + " | ".join([*cells, "0", *final, "", "", "", ""]) + " |")
+            continue
+        worst = [common.rolling_mean(run["episode_cost"], 20)[19:].max() for run in seeds]
+        over = [100 * (run["episode_cost"] > COST_LIMIT).mean() for run in seeds]
+        cells += [f"{seeds[0]['env_steps'][-1]:.0f}", *final, interval([r["violation_regret"][-1] for r in seeds]),
+                  interval(over) + " %", interval(worst), interval([steps_to(run, target) for run in seeds])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines + [""]
+
+
+def picture(task: str, runs: dict[str, list[dict]]) -> None:
+    """Return, cost and multiplier over environment steps: a thin line per seed, a thick one for their mean."""
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for method, colour in PICTURE.items():
+        for axes, column in zip(panels, ("episode_return", "episode_cost", "lagrange_multiplier"), strict=True):
+            smooth = []
+            for run in runs.get(method, []):
+                y = run[column] if column == "lagrange_multiplier" else common.rolling_mean(run[column], 10)
+                axes.plot(run["env_steps"], y, color=colour, lw=0.4, alpha=0.5)
+                smooth.append(y)
+            if smooth:
+                n = min(map(len, smooth))
+                mean = np.mean([y[:n] for y in smooth], axis=0)
+                axes.plot(runs[method][0]["env_steps"][:n], mean, color=colour, lw=1.8, label=method)
+    for axes, title in zip(panels, ("return", "cost", "Lagrange multiplier"), strict=True):
+        axes.set(title=f"{title}, {task}" if title == "return" else title, xlabel="environment steps")
+    panels[1].axhline(COST_LIMIT, color="k", ls="--", lw=1)
+    panels[2].set_ylim(0, 1.5)
+    panels[0].legend(fontsize=8)
+    figure.savefig(RESULTS / f"{task}.png", dpi=100)
+
+
+def main() -> None:
+    lines = ["Made by `python benchmark/report.py`.", ""]
+    order = ["offline", "marvel", "warm-start", "vpa-dual", "from-scratch"]
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        names = sorted((path.name for path in folder.iterdir()),
+                       key=lambda name: (order.index(name) if name in order else 99, name))
+        runs = {name: [common.read_metrics(file) for file in sorted((folder / name).glob("seed*.csv"))]
+                for name in names}
+        lines += table(folder.name, runs)
+        picture(folder.name, runs)
+    (RESULTS / "summary.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
