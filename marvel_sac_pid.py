@@ -80,22 +80,19 @@ class Args:
     learning_starts: int = 1_000
     """environment steps with uniform actions and no update, with --from-scratch only"""
     actor_lr: float = 3e-4
-    """learning rate of the actor"""
+    """learning rate of the actor and of the entropy weight"""
     tau: float = 0.005
     """target networks' step per gradient step"""
     alpha: float = 0.01
     """entropy weight per step in units of scaled reward: the first value if tuned"""
     autotune: bool = True
     """tune the entropy weight towards an entropy of -act_dim"""
-    alpha_lr: float = 3e-4
-    """learning rate of the entropy weight"""
 
     # --- Lagrange multiplier ---
     multiplier: Literal["apid", "apid-published", "pid", "dual", "fixed"] = "apid"
     """adaptive PID, its published law, plain PID, dual ascent, or fixed at --lagrange-init"""
     lagrange_init: Literal["relax", "aligned", "norm-ratio"] | float = "relax"
-    """first multiplier: a number, or from the critics: least squares, ratio of norms, or the second relaxing
-    to the first"""
+    """first multiplier: least squares, ratio of norms, the second relaxing to the first, or a number"""
     lagrange_max: float = 100.0
     """largest multiplier"""
     kp: float = 0.01
@@ -108,7 +105,7 @@ class Args:
     """largest relative change of a gain per multiplier update"""
 
     # --- Evaluation ---
-    eval_every: int = 2_000
+    eval_every: int = 5_000
     """environment steps between evaluations"""
     eval_episodes: int = 20
     """episodes of each evaluation, sampled and mean-action"""
@@ -300,15 +297,14 @@ def q_alignment(samples, q, qc, reward_scale):
     """Spearman's rank correlation and bias of Q and Qc against Monte-Carlo returns of the policy."""
     from scipy.stats import spearmanr
 
-    device = next(q.parameters()).device
+    device, result = next(q.parameters()).device, {}
     with torch.no_grad():
         obs, act = (torch.as_tensor(samples[key], device=device) for key in ("observations", "actions"))
-        q_value, qc_value = q(obs, act).amin(0).cpu().numpy(), qc(obs, act).mean(0).cpu().numpy()
-    mc_q, mc_qc = reward_scale * samples["returns"], samples["costs"]
-    return {"q_spearman": float(spearmanr(q_value, mc_q).statistic),
-            "q_bias": float((q_value - mc_q).mean()),
-            "qc_spearman": float(spearmanr(qc_value, mc_qc).statistic),
-            "qc_bias": float((qc_value - mc_qc).mean())}
+        values = {"q": q(obs, act).amin(0).cpu().numpy(), "qc": qc(obs, act).mean(0).cpu().numpy()}
+    for name, truth in ("q", reward_scale * samples["returns"]), ("qc", samples["costs"]):
+        result[f"{name}_spearman"] = float(spearmanr(values[name], truth).statistic)
+        result[f"{name}_bias"] = float((values[name] - truth).mean())
+    return result
 
 
 COLUMNS = ["env_steps", "episode", "episode_return", "episode_cost", "normalized_return", "normalized_cost",
@@ -325,14 +321,16 @@ def main(args: Args) -> None:
     rng = np.random.default_rng(args.seed)
     env, task = common.make_env(args.env_id)
     eval_env, _ = common.make_env(args.env_id)
-
     needed = dict(env_id=args.env_id, obs_dim=task.obs_dim, act_dim=task.act_dim, hidden=256,
                   activation="relu", gamma=args.gamma, reward_scale=args.reward_scale)
 
-    # --- Networks and optimisers ---
+    # --- Offline dataset, networks, optimisers ---
     actor = Actor(task.obs_dim, task.act_dim).to(device)
     q, qc = Critic(2, task.obs_dim, task.act_dim).to(device), Critic(1, task.obs_dim, task.act_dim).to(device)
     if not args.from_scratch:
+        dataset = common.read_dataset(common.find_dataset(task, args.dataset_path), task)
+        dataset["rewards"] *= args.reward_scale
+        offline_data = {key: value.to(device) for key, value in dataset.items()}
         path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
         offline = common.load_checkpoint(path)
         common.check_checkpoint(path, offline, needed)
@@ -347,14 +345,8 @@ def main(args: Args) -> None:
     critic_optimizer = torch.optim.Adam(critic_params, args.critic_lr, fused=True)
     actor_optimizer = torch.optim.Adam(actor_params, args.actor_lr, fused=True)
     log_alpha = torch.tensor(math.log(max(args.alpha, 1e-8)), device=device, requires_grad=True)
-    alpha_optimizer = torch.optim.Adam([log_alpha], args.alpha_lr)
+    alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
 
-    # --- Offline dataset ---
-    offline_data = None
-    if not args.from_scratch:
-        dataset = common.read_dataset(common.find_dataset(task, args.dataset_path), task)
-        dataset["rewards"] *= args.reward_scale
-        offline_data = {key: value.to(device) for key, value in dataset.items()}
     run_dir = Path(args.run_dir or f"runs/{args.env_id}__marvel_sac_pid__seed{args.seed}")
     logger = common.RunLogger(run_dir, args, COLUMNS)
 
@@ -411,8 +403,7 @@ def main(args: Args) -> None:
     capacity = args.total_timesteps + args.rollout_episodes * task.max_episode_steps
     widths = dict(observations=(task.obs_dim,), next_observations=(task.obs_dim,), actions=(task.act_dim,))
     storage = {key: torch.zeros(capacity, *widths.get(key, ()), device=device) for key in common.DATASET_KEYS}
-    env_steps = episode = evaluations = 0
-    cumulative_cost = violation_regret = 0.0
+    env_steps = episode = evaluations = cumulative_cost = violation_regret = 0
     bar = tqdm(total=args.total_timesteps, desc="online", mininterval=1)
     while env_steps < args.total_timesteps:
         # --- Collect full episodes ---
@@ -421,10 +412,8 @@ def main(args: Args) -> None:
             obs, done = common.reset_env(env, int(rng.integers(2**31))), False
             episode_return = episode_cost = 0.0
             while not done:
-                if args.from_scratch and env_steps < args.learning_starts:
-                    action = rng.uniform(-1, 1, task.act_dim).astype(np.float32)
-                else:
-                    action = policy(obs, rng)
+                exploring = args.from_scratch and env_steps < args.learning_starts
+                action = rng.uniform(-1, 1, task.act_dim).astype("f4") if exploring else policy(obs, rng)
                 next_obs, reward, terminated, truncated, info = env.step(action)
                 next_obs, done, cost = next_obs.astype(np.float32), terminated or truncated, info["cost"]
                 transition = obs, next_obs, action, args.reward_scale * reward, cost, terminated, truncated
@@ -436,20 +425,19 @@ def main(args: Args) -> None:
             cumulative_cost += episode_cost
             violation_regret += max(0.0, episode_cost - args.cost_limit)
             rows.append(dict(
-                env_steps=env_steps, episode=episode,
-                episode_return=episode_return, episode_cost=episode_cost,
-                normalized_return=task.normalized_return(episode_return),
+                env_steps=env_steps, episode=episode, episode_return=episode_return,
+                episode_cost=episode_cost, normalized_return=task.normalized_return(episode_return),
                 normalized_cost=common.normalized_cost(episode_cost, args.cost_limit),
                 cumulative_cost=cumulative_cost, violation_regret=violation_regret))
 
         # --- Update the multiplier ---
-        if not args.from_scratch or env_steps > args.learning_starts:
+        learning = not args.from_scratch or env_steps >= args.learning_starts
+        if learning:
             controller.update(float(np.mean([row["episode_cost"] for row in rows])))
 
         # --- Gradient steps ---
         losses, online_data = {}, {key: value[:env_steps] for key, value in storage.items()}
-        updates = round(args.utd * (env_steps - first))
-        for _ in range(0 if args.from_scratch and env_steps < args.learning_starts else updates):
+        for _ in range(round(args.utd * (env_steps - first)) if learning else 0):
             batch = sample(online_data, args.batch_size)
 
             # --- Update critics ---
@@ -473,7 +461,8 @@ def main(args: Args) -> None:
         # --- Evaluate and log ---
         if env_steps >= (evaluations + 1) * args.eval_every or env_steps >= args.total_timesteps:
             evaluations = env_steps // args.eval_every
-            for how, result in evaluate(args.eval_episodes).items():
+            end = evaluate(args.eval_episodes)
+            for how, result in end.items():
                 rows[-1][f"eval_{how}_return"] = result["return"].mean()
                 rows[-1][f"eval_{how}_cost"] = result["cost"].mean()
         rows[-1] |= {name: value.item() for name, value in losses.items()}
@@ -500,7 +489,6 @@ def main(args: Args) -> None:
         data = {key: value[:env_steps].cpu().numpy() for key, value in storage.items()}
         data["rewards"] = data["rewards"] / args.reward_scale
         common.write_dataset(Path(args.save_dataset), data, {"task": args.env_id, "seed": args.seed})
-    end = evaluate(args.eval_episodes)
     common.print_result(run_dir, {"offline policy": start, "after finetuning": end}, args.cost_limit)
     env.close()
     eval_env.close()

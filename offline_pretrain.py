@@ -71,7 +71,7 @@ class Args:
     """weight of the VAE's KL term"""
 
     # --- Evaluation ---
-    eval_every: int = 2_000
+    eval_every: int = 3_000
     """gradient steps between evaluations"""
     eval_episodes: int = 20
     """episodes of each evaluation, sampled and mean-action"""
@@ -207,8 +207,8 @@ def actor_loss(batch, actor, q, qc, qc_threshold, bc_weight):
 
     -E[1(Qc(s, a) <= threshold) Q(s, a)] / E|Q|, a ~ actor, has no gradient where the policy is unsafe, and
     follows Q's errors wherever Qc finds them safe. So the data's own actions b that are safe and worth more
-    than the policy's are imitated too, critic-regularised regression (Wang et al. 2020) under CPQ's condition:
-    -bc_weight E[1(Qc(s, b) <= threshold and Q(s, b) >= Q(s, a)) log pi(b | s)].
+    than the policy's are imitated: -bc_weight E[1(Qc(s, b) <= threshold, Q(s, b) >= Q(s, a)) log pi(b | s)],
+    which is critic-regularised regression (Wang et al. 2020) under CPQ's condition.
     """
     obs, data_act = batch["observations"], batch["actions"]
     act, _ = actor(obs)

@@ -1,10 +1,11 @@
-"""Make a DSRL-format dataset for any task: SAC with a PID multiplier from scratch, under a schedule of cost limits.
+"""Make a DSRL-format dataset for any task: SAC with a PID multiplier, under a schedule of cost limits.
 
   python benchmark/collect_dataset.py --env-id SafetyBallCircle-v0
+  python benchmark/collect_dataset.py --env-id SafetyBallRun-v0 --timesteps 12000 --utd 0.25
 
-As DSRL's collectors did: train under several limits, keep every training episode, thin evenly over the (cost, return)
-plane. The same seed on the same machine gives the same file. Finished runs are kept in --work-dir, so an interrupted
-collection continues where it stopped.
+As DSRL's collectors did: train from scratch under several limits, keep every training episode, thin evenly
+over the (cost, return) plane. The same seed on the same machine gives the same file. Finished runs stay in
+--work-dir, so an interrupted collection continues where it stopped.
 """
 import subprocess
 import sys
@@ -45,8 +46,11 @@ class Args:
 
 
 def thin(costs: np.ndarray, returns: np.ndarray, max_episodes: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows (sorted) kept of episodes with these costs and returns, each (n,): at most k, drawn evenly, of every cell of
-    a 60 x 50 grid over the (cost, return) plane (DSRL's grid), with the largest k that keeps at most max_episodes."""
+    """Which episodes to keep, sorted, of those with these costs and returns, each (n,).
+
+    At most k, drawn evenly, of every cell of a 60 x 50 grid over the (cost, return) plane (DSRL's grid), with
+    the largest k that keeps at most max_episodes.
+    """
     cells = {}
     bins = [np.floor((x - x.min()) / max(np.ptp(x), 1e-9) * n * (1 - 1e-9)).astype(int)
             for x, n in ((costs, 60), (returns, 50))]
@@ -72,7 +76,7 @@ def main(args: Args) -> None:
             return 0
         command = [sys.executable, str(ROOT / "marvel_sac_pid.py"), "--from-scratch", "--env-id", args.env_id,
                    "--cost-limit", str(args.cost_limits[k]), "--total-timesteps", str(args.timesteps),
-                   "--utd", str(args.utd), "--alpha", "0.1",
+                   "--utd", str(args.utd), "--alpha", "0.1", "--kp", "0.02", "--cost-margin", "0",
                    "--seed", str(args.seed + k), "--eval-every", str(args.timesteps), "--eval-episodes", "5",
                    "--run-dir", str(files[k].with_suffix("")), "--overwrite", "--save-dataset", str(files[k])]
         with open(files[k].with_suffix(".log"), "w") as log:
@@ -81,7 +85,7 @@ def main(args: Args) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for k, status in enumerate(pool.map(collect, range(len(files)))):
             if status:
-                common.stop(f"the run under limit {args.cost_limits[k]:g} failed, see {files[k].with_suffix('.log')}")
+                common.stop(f"the run under limit {args.cost_limits[k]:g} failed: see its log in {work}")
 
     # --- Thin and write ---
     parts = []
@@ -98,13 +102,16 @@ def main(args: Args) -> None:
     common.write_dataset(output, {key: value[rows] for key, value in data.items()}, {
         "task": args.env_id, "seed": args.seed,
         "command": f"python benchmark/collect_dataset.py --env-id {args.env_id} --cost-limits {limits} "
-                   f"--timesteps {args.timesteps} --utd {args.utd:g} --max-episodes {args.max_episodes} --seed {args.seed}",
+                   f"--timesteps {args.timesteps} --utd {args.utd:g} --max-episodes {args.max_episodes} "
+                   f"--seed {args.seed}",
         "versions": " ".join(f"{name}=={version(name)}" for name in (
             "torch", "numpy", "gymnasium", "mujoco", "pybullet", "bullet-safety-gym", "dsrl"))})
     safe = returns[kept][costs[kept] <= 20]
-    print(f"{output}: {len(kept)} of {len(ends)} episodes, {len(rows)} transitions, {output.stat().st_size / 1e6:.1f} MB; "
-          f"return {returns[kept].min():.1f} to {returns[kept].max():.1f}, cost {costs[kept].min():.0f} to "
-          f"{costs[kept].max():.0f}; {len(safe)} episodes with cost <= 20, their 75th percentile of return "
+    returns, costs = returns[kept], costs[kept]
+    print(f"{output}: {len(kept)} of {len(ends)} episodes, {len(rows)} transitions, "
+          f"{output.stat().st_size / 1e6:.1f} MB; return {returns.min():.1f} to {returns.max():.1f}, "
+          f"cost {costs.min():.0f} to {costs.max():.0f}; {len(safe)} episodes with cost <= 20, "
+          f"75th percentile of their return "
           f"{np.quantile(safe, 0.75) if len(safe) else float('nan'):.1f}")
 
 

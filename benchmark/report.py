@@ -2,8 +2,8 @@
 
   python benchmark/report.py
 
-Writes benchmark/results/summary.md and one picture per task. Numbers are the mean over seeds +- the half-width of
-the 95 % t-interval. All are of the last policy.
+Writes benchmark/results/summary.md and one picture per task. Numbers are of the last policy: the mean over
+seeds and the half-width of its 95 % t-interval.
 """
 import sys
 from pathlib import Path
@@ -18,11 +18,11 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 
 COST_LIMIT = 20.0
-PICTURE = {"from-scratch": "tab:gray", "warm-start": "tab:orange", "vpa-dual": "tab:green", "marvel": "tab:blue"}
+COLOURS = {"from-scratch": "gray", "warm-start": "orange", "vpa-dual": "green", "marvel": "blue"}
 
 
 def interval(values: list[float]) -> str:
-    """Mean +- half-width of the 95 % t-interval over seeds, or the bare mean of one seed; nan if any is missing."""
+    """Mean and half-width of the 95 % t-interval over seeds, or how many seeds have a value if not all do."""
     x = np.array(values, float)
     if np.isnan(x).any():
         return f"reached by {np.isfinite(x).sum()} of {len(x)}"
@@ -33,11 +33,12 @@ def interval(values: list[float]) -> str:
 
 def plateau(runs: list[dict]) -> float:
     """Mean training return over the last quarter of each run's steps, averaged over runs."""
-    return float(np.mean([r["episode_return"][r["env_steps"] > 0.75 * r["env_steps"][-1]].mean() for r in runs]))
+    late = [run["env_steps"] > 0.75 * run["env_steps"][-1] for run in runs]
+    return float(np.mean([run["episode_return"][rows].mean() for run, rows in zip(runs, late, strict=True)]))
 
 
-def steps_to(run: dict, target: float, window: int = 10) -> float:
-    """First step at which the last `window` training episodes have mean return >= target and mean cost <= limit."""
+def steps_to(run: dict, target: float, window: int = 5) -> float:
+    """First step at which the last `window` episodes have mean return >= target and mean cost <= limit."""
     good = ((common.rolling_mean(run["episode_return"], window) >= target)
             & (common.rolling_mean(run["episode_cost"], window) <= COST_LIMIT))
     good[: window - 1] = False
@@ -48,8 +49,8 @@ def table(task: str, runs: dict[str, list[dict]]) -> list[str]:
     """The task's rows of summary.md."""
     target = 0.95 * plateau(runs["from-scratch"]) if "from-scratch" in runs else float("nan")
     lines = [f"### {task}, cost limit {COST_LIMIT:g}", "",
-             "| method | seeds | env steps | sampled return | sampled cost | mean-action return | mean-action cost "
-             "| violation regret | episodes over the limit | worst 20-episode mean cost "
+             "| method | seeds | env steps | sampled return | sampled cost | mean-action return "
+             "| mean-action cost | violation regret | episodes over the limit | worst 20-episode mean cost "
              f"| steps to a safe return of {target:.0f} |", "|" + "---|" * 11]
     for method, seeds in runs.items():
         final = [interval([run[f"eval_{how}_{what}"][-1] for run in seeds])
@@ -60,27 +61,30 @@ def table(task: str, runs: dict[str, list[dict]]) -> list[str]:
             continue
         worst = [common.rolling_mean(run["episode_cost"], 20)[19:].max() for run in seeds]
         over = [100 * (run["episode_cost"] > COST_LIMIT).mean() for run in seeds]
-        cells += [f"{seeds[0]['env_steps'][-1]:.0f}", *final, interval([r["violation_regret"][-1] for r in seeds]),
-                  interval(over) + " %", interval(worst), interval([steps_to(run, target) for run in seeds])]
+        cells += [f"{seeds[0]['env_steps'][-1]:.0f}", *final,
+                  interval([run["violation_regret"][-1] for run in seeds]), interval(over) + " %",
+                  interval(worst), interval([steps_to(run, target) for run in seeds])]
         lines.append("| " + " | ".join(cells) + " |")
     return lines + [""]
 
 
 def picture(task: str, runs: dict[str, list[dict]]) -> None:
-    """Return, cost and multiplier over environment steps: a thin line per seed, a thick one for their mean."""
+    """Return and cost (means of 10 episodes) and multiplier: thin lines are seeds, thick ones their mean."""
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     panels = figure.subplots(1, 3)
-    for method, colour in PICTURE.items():
-        for axes, column in zip(panels, ("episode_return", "episode_cost", "lagrange_multiplier"), strict=True):
+    for method, colour in COLOURS.items():
+        columns = "episode_return", "episode_cost", "lagrange_multiplier"
+        for axes, column in zip(panels, columns, strict=True):
             smooth = []
             for run in runs.get(method, []):
                 y = run[column] if column == "lagrange_multiplier" else common.rolling_mean(run[column], 10)
-                axes.plot(run["env_steps"], y, color=colour, lw=0.4, alpha=0.5)
+                axes.plot(run["env_steps"], y, color=f"tab:{colour}", lw=0.4, alpha=0.5)
                 smooth.append(y)
             if smooth:
                 n = min(map(len, smooth))
                 mean = np.mean([y[:n] for y in smooth], axis=0)
-                axes.plot(runs[method][0]["env_steps"][:n], mean, color=colour, lw=1.8, label=method)
+                steps = runs[method][0]["env_steps"][:n]
+                axes.plot(steps, mean, color=f"tab:{colour}", lw=1.8, label=method)
     for axes, title in zip(panels, ("return", "cost", "Lagrange multiplier"), strict=True):
         axes.set(title=f"{title}, {task}" if title == "return" else title, xlabel="environment steps")
     panels[1].axhline(COST_LIMIT, color="k", ls="--", lw=1)
