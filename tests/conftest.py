@@ -86,6 +86,7 @@ def refusal(capsys):
         capsys.readouterr()
         with warnings.catch_warnings(), pytest.raises(SystemExit) as stopped:
             warnings.simplefilter("error")  # on a terminal a warning would be a second line
+            warnings.simplefilter("ignore", ResourceWarning)
             function(*arguments)
         return single_line(stopped.value.code, capsys.readouterr().err)
 

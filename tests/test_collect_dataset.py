@@ -69,10 +69,10 @@ def test_second_call_trains_only_what_is_missing_and_gives_the_same_bytes(collec
 
 def test_failed_run_is_named_with_its_log_and_nothing_is_made(tmp_path):
     status, _, stderr = run_script(SCRIPT, *TINY, "--env-id", "SafetyNothing-v0", cwd=tmp_path)
-    log = "work/SafetyNothing-v0__seed5/limit10.log"
+    work = "work/SafetyNothing-v0__seed5"
     line = single_line(status, stderr)
-    assert "limit 10 failed" in line and log in line
-    assert "no such task" in (tmp_path / log).read_text()
+    assert "limit 10 failed" in line and work in line
+    assert "no such task" in (tmp_path / work / "limit10.log").read_text()
     assert not (tmp_path / "made").exists()
 
 

@@ -302,7 +302,8 @@ def test_thinning_keeps_at_most_so_many_different_episodes(most):
 
 def test_thinning_takes_evenly_from_the_cells():
     costs, returns = np.repeat([0.0, 60.0, 30.0], [90, 10, 3]), np.repeat([0.0, 50.0, 25.0], [90, 10, 3])
-    for most, expected in ((3, [1, 1, 1]), (9, [3, 3, 3]), (20, [8, 8, 3]), (33, [20, 10, 3])):
+    evenly = {3: [1, 1, 1], 8: [2, 2, 2], 9: [3, 3, 3], 20: [8, 8, 3], 33: [20, 10, 3]}
+    for most, expected in evenly.items():
         kept = thin(costs, returns, most, np.random.default_rng(0))
         assert [int((costs[kept] == cost).sum()) for cost in (0, 60, 30)] == expected
 

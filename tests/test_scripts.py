@@ -129,7 +129,7 @@ MODES = {
     "aligned": {"lagrange_init": "aligned", "multiplier": "fixed"},
     "norm-ratio": {"lagrange_init": "norm-ratio", "multiplier": "fixed"},
     "number": {"lagrange_init": 0.5},
-    "half-offline": {"offline_fraction": 0.5, "utd": 0.1},
+    "fewer-updates": {"utd": 0.1},
     "fixed-alpha": {"autotune": False, "alpha": 0.03},
     "margin": {"cost_margin": 0.5, "cost_limit": 0.0},
 }
@@ -403,11 +403,10 @@ def test_unknown_option_ends_with_status_2(tmp_path):
 @pytest.mark.parametrize(("script", "options"), [
     refused(offline_pretrain, "update_steps", 0), refused(offline_pretrain, "gamma", 1.0),
     refused(offline_pretrain, "batch_size", 0), refused(offline_pretrain, "eval_every", 0),
-    refused(offline_pretrain, "penalty_init", 0.0), refused(offline_pretrain, "eval_episodes", 0),
+    refused(offline_pretrain, "ood_quantile", 2.0), refused(offline_pretrain, "eval_episodes", 0),
     refused(marvel_sac_pid, "total_timesteps", 0), refused(marvel_sac_pid, "batch_size", 0),
     refused(marvel_sac_pid, "eval_every", 0), refused(marvel_sac_pid, "seed", -1),
-    refused(marvel_sac_pid, "offline_fraction", 1.5), refused(marvel_sac_pid, "eval_episodes", 0),
-    pytest.param(marvel_sac_pid, {"from_scratch": True, "offline_fraction": 0.5}, id="nothing-offline"),
+    refused(marvel_sac_pid, "save_dataset", "/dev/null/x.hdf5"), refused(marvel_sac_pid, "eval_episodes", 0),
     pytest.param(marvel_sac_pid, {"rollout_episodes": 0}, id="endless", marks=pytest.mark.xfail(run=False)),
 ])
 def test_option_without_sense_is_refused_before_anything_is_written(
