@@ -396,8 +396,7 @@ def main(args: Args) -> None:
         args.cost_limit * (1 - args.cost_margin), kp, ki, kd, lagrange_init=lagrange_init,
         lagrange_max=args.lagrange_max, published=args.multiplier == "apid-published",
         adapt_rate=args.adapt_rate if args.multiplier.startswith("apid") else 0.0)
-    controller.multiplier += excess
-    controller.error_ema = excess / kp if kp > 0 else 0.0  # P forgets the excess at its own rate
+    controller.error_ema = excess / kp if kp > 0 else 0.0  # P holds the excess and forgets it at its own rate
 
     # --- Replay buffer ---
     capacity = args.total_timesteps + args.rollout_episodes * task.max_episode_steps
