@@ -164,7 +164,7 @@ def test_mode_updates_all_networks_as_often_as_asked(tmp_path, ball_file, offlin
 
 def test_from_scratch_needs_neither_checkpoint_nor_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    marvel_sac_pid.main(marvel_sac_pid.Args(**TINY_MARVEL, from_scratch=True, learning_starts=200))
+    marvel_sac_pid.main(marvel_sac_pid.Args(**TINY_MARVEL, from_scratch=True, learning_starts=201))
     run_dir = tmp_path / f"runs/{TASK}__marvel_sac_pid__seed0"
     checkpoint, metrics = common.load_checkpoint(run_dir / "checkpoint.pt"), check_metrics(run_dir)
     check_files(run_dir)
