@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import common
-from marvel_sac_pid import Actor, Args, Critic, critic_loss, q_alignment, sample, soft_targets
+from marvel_sac_pid import Actor, Args, Critic, critic_loss, main, q_alignment, sample, soft_targets
 
 # A ring of four states. From s, action a leads to s + 1 with probability (1 + a) / 2, else it stays; in
 # state 1 it does not stay but terminates. All is linear in a, so the exact values are a linear system.
@@ -118,6 +118,50 @@ def test_vpa_finds_the_exact_values(aligned):
 def test_vpa_values_are_told_from_those_of_a_mistake(aligned, mistake):
     learned, policy, actions = aligned
     assert min(worst_errors(learned, exact_values(*policy, actions, **mistake))) > 2 * TOLERANCE
+
+
+class Ring(gym.Env):
+    """The ring as a simulator, for the script to open; the values are judged without it."""
+
+    observation_space = gym.spaces.Box(0, 1, (4,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.eye(4)[0], {}
+
+    def step(self, action):
+        return np.eye(4)[0], 0.0, False, False, {"cost": 0.0}
+
+
+def test_vpa_of_the_script_finds_the_exact_values(tmp_path):
+    gym.register("Ring-v0", entry_point=Ring, max_episode_steps=10)
+    args = Args(env_id="Ring-v0", gamma=GAMMA, reward_scale=0.5, vpa_alpha=ALPHA, vpa_alpha_cost=ALPHA_COST,
+                vpa_steps=1500, vpa_critics="fresh", utd=0, total_timesteps=10, eval_episodes=1,
+                checkpoint=str(tmp_path / "offline.pt"), dataset_path=str(tmp_path / "ring.hdf5"),
+                run_dir=str(tmp_path / "run"))
+    torch.manual_seed(0)
+    actor = Actor(4, 1)
+    actor.head.weight.data[0] *= 10
+    common.save_checkpoint(tmp_path / "offline.pt", dict(
+        env_id="Ring-v0", obs_dim=4, act_dim=1, hidden=256, activation="relu", gamma=GAMMA, reward_scale=0.5,
+        actor=actor.state_dict()))
+    data = transitions()
+    data["rewards"] = data["rewards"] / args.reward_scale  # so that the scaled rewards are those of the table
+    common.write_dataset(tmp_path / "ring.hdf5", data, {"task": "Ring-v0"})
+    main(args)
+
+    result = common.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    actions = np.linspace(-0.9, 0.9, 7)
+    obs = torch.eye(4).repeat_interleave(7, 0)
+    act = torch.tensor(np.tile(actions, 4), dtype=torch.float32)[:, None]
+    learned = []
+    for name, n in ("q", 2), ("qc", 1):
+        critic = Critic(n, 4, 1)
+        critic.load_state_dict(result[name])
+        learned.append(critic(obs, act).detach().mean(0).reshape(4, 7).numpy())
+    exact = exact_values(*moments(actor), actions)
+    assert max(worst_errors(learned, exact)) < 2 * TOLERANCE  # no decay of the learning rate here
 
 
 class Counter(gym.Env):
