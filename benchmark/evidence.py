@@ -34,6 +34,8 @@ METHODS = {
     "lagrange-aligned": ["--lagrange-init", "aligned"],
     "lagrange-norm-ratio": ["--lagrange-init", "norm-ratio"],
     "lagrange-1500": ["--lagrange-init", "1500", "--lagrange-max", "2000"],
+    # offline_pretrain.py without the imitation term
+    "offline-no-imitation": ["--bc-weight", "0"],
 }
 
 
@@ -58,8 +60,8 @@ def run(task: str, method: str, seed: int, work: Path) -> None:
         return
     offline = work / task / "offline" / f"seed{seed}"
     run_dir = work / task / method / f"seed{seed}"
-    if method == "offline":
-        command = ["offline_pretrain.py"]
+    if method.startswith("offline"):
+        command = ["offline_pretrain.py", *METHODS.get(method, [])]
     elif method == "from-scratch":
         command = ["marvel_sac_pid.py", *METHODS[method]]
     else:

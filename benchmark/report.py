@@ -49,21 +49,21 @@ def table(task: str, runs: dict[str, list[dict]]) -> list[str]:
     """The task's rows of summary.md."""
     target = 0.95 * plateau(runs["from-scratch"]) if "from-scratch" in runs else float("nan")
     lines = [f"### {task}, cost limit {COST_LIMIT:g}", "",
-             "| method | seeds | env steps | sampled return | sampled cost | mean-action return "
-             "| mean-action cost | violation regret | episodes over the limit | worst 20-episode mean cost "
-             f"| steps to a safe return of {target:.0f} |", "|" + "---|" * 11]
+             "| method (seeds) | env steps | sampled return | sampled cost | mean-action return "
+             "| mean-action cost | violation regret | episodes over the limit | worst 20-episode cost "
+             f"| steps to a safe return of {target:.0f} |", "|" + "---|" * 10]
     for method, seeds in runs.items():
-        final = [interval([run[f"eval_{how}_{what}"][-1] for run in seeds])
-                 for how in ("sampled", "mean") for what in ("return", "cost")]
-        cells = [method, str(len(seeds))]
-        if method == "offline":
-            lines.append("| " + " | ".join([*cells, "0", *final, "", "", "", ""]) + " |")
-            continue
-        worst = [common.rolling_mean(run["episode_cost"], 20)[19:].max() for run in seeds]
-        over = [100 * (run["episode_cost"] > COST_LIMIT).mean() for run in seeds]
-        cells += [f"{seeds[0]['env_steps'][-1]:.0f}", *final,
-                  interval([run["violation_regret"][-1] for run in seeds]), interval(over) + " %",
-                  interval(worst), interval([steps_to(run, target) for run in seeds])]
+        cells = [f"{method} ({len(seeds)})", "0" if method.startswith("offline")
+                 else f"{seeds[0]['env_steps'][-1]:.0f}"]
+        cells += [interval([run[f"eval_{how}_{what}"][-1] for run in seeds])
+                  for how in ("sampled", "mean") for what in ("return", "cost")]
+        if method.startswith("offline"):
+            cells += [""] * 4
+        else:
+            over = [100 * (run["episode_cost"] > COST_LIMIT).mean() for run in seeds]
+            worst = [common.rolling_mean(run["episode_cost"], 20)[19:].max() for run in seeds]
+            cells += [interval([run["violation_regret"][-1] for run in seeds]), interval(over) + " %",
+                      interval(worst), interval([steps_to(run, target) for run in seeds])]
         lines.append("| " + " | ".join(cells) + " |")
     return lines + [""]
 
@@ -93,18 +93,32 @@ def picture(task: str, runs: dict[str, list[dict]]) -> None:
     figure.savefig(RESULTS / f"{task}.png", dpi=100)
 
 
-def main() -> None:
-    lines = ["Made by `python benchmark/report.py`.", ""]
+def read_results() -> dict[str, dict[str, list[dict]]]:
+    """Task -> method -> the seeds' metrics, methods in the order of the tables."""
     order = ["offline", "marvel", "warm-start", "vpa-dual", "from-scratch"]
+    results = {}
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         names = sorted((path.name for path in folder.iterdir()),
                        key=lambda name: (order.index(name) if name in order else 99, name))
-        runs = {name: [common.read_metrics(file) for file in sorted((folder / name).glob("seed*.csv"))]
-                for name in names}
-        lines += table(folder.name, runs)
-        picture(folder.name, runs)
-    (RESULTS / "summary.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+        files = {name: sorted((folder / name).glob("seed*.csv")) for name in names}
+        results[folder.name] = {name: [common.read_metrics(file) for file in files[name]] for name in names}
+    return results
+
+
+def summary(results: dict[str, dict[str, list[dict]]]) -> str:
+    """The text of summary.md."""
+    lines = ["Made by `python benchmark/report.py`.", ""]
+    for task, runs in results.items():
+        lines += table(task, runs)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    results = read_results()
+    (RESULTS / "summary.md").write_text(summary(results))
+    for task, runs in results.items():
+        picture(task, runs)
+    print(summary(results))
 
 
 if __name__ == "__main__":

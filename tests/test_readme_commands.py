@@ -11,3 +11,17 @@ def test_ci_runs_the_readme_test_command():
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     readme_lines = [line.strip() for block in blocks for line in block.splitlines()]
     assert command in readme_lines
+
+
+def test_summary_is_what_the_report_makes_of_the_result_files(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    import report
+
+    assert (report.RESULTS / "summary.md").read_text() == report.summary(report.read_results())
+
+
+def test_readme_shows_the_rows_of_the_summary():
+    summary = (ROOT / "benchmark/results/summary.md").read_text().splitlines()
+    rows = re.findall(r"^\| [\w-]+ \(\d+\) \|.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 10
+    assert set(rows) <= set(summary)
