@@ -144,6 +144,8 @@ def test_mode_updates_all_networks_as_often_as_asked(tmp_path, ball_file, offlin
     check_files(run_dir)
 
     assert moved(common.load_checkpoint(offline_run / "checkpoint.pt"), checkpoint) == list(NETWORKS)
+    for name in ("q", "qc"):
+        assert moved({**checkpoint, name: checkpoint[f"{name}_target"]}, checkpoint) == [name]
     env_steps = metrics["env_steps"][-1]
     assert env_steps == 400  # also where 300 are asked in blocks of two episodes
     utd = options.get("utd", marvel_sac_pid.Args.utd)
@@ -343,12 +345,13 @@ def test_tracked_run_works_without_a_network(tmp_path, ball_file, offline_run):
     ({"gamma": 0.95}, "gamma is 0.99, this run needs 0.95"),
     ({"reward_scale": 1.0}, "reward_scale is 0.1, this run needs 1.0")])
 def test_checkpoint_of_another_setting_is_refused(
-        tmp_path, monkeypatch, ball_file, offline_run, refusal, options, words):
+        tmp_path, monkeypatch, ball_data, offline_run, refusal, options, words):
     monkeypatch.chdir(tmp_path)
-    default = {**TINY_MARVEL, "checkpoint": offline_run / "checkpoint.pt", "dataset_path": ball_file}
+    common.write_dataset(tmp_path / "data.hdf5", ball_data, {"task": options.get("env_id", TASK)})
+    default = {**TINY_MARVEL, "checkpoint": offline_run / "checkpoint.pt", "dataset_path": "data.hdf5"}
     args = tyro.cli(marvel_sac_pid.Args, args=command_line(default | options))
     assert words in refusal(marvel_sac_pid.main, args)
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == ["data.hdf5"]
 
 
 # --- A folder that holds a run ---
