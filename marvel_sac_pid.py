@@ -1,11 +1,13 @@
 # Marvel (arXiv 2412.04426): Value Pre-Alignment, then SAC with an adaptive PID Lagrangian. Docs: README.md
 import math
+import os
 from collections import deque
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second pool of threads slows both down
 import numpy as np
 import torch
 import torch.nn as nn
@@ -238,11 +240,9 @@ class PIDLagrangian:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what state_dict gave."""
-        for name in ("integral", "error_ema", "cost_ema", "multiplier"):
-            setattr(self, name, state[name])
-        self.gains = list(state["gains"])
-        self.cost_emas = deque(state["cost_emas"], self.cost_emas.maxlen)
-        self.costs = deque(state["costs"], self.costs.maxlen)
+        for name, value in state.items():
+            mine = getattr(self, name)
+            setattr(self, name, deque(value, mine.maxlen) if isinstance(mine, deque) else value)
 
 
 def sample(data, n):

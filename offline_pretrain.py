@@ -1,9 +1,11 @@
 # Constraints Penalized Q-learning (Xu et al. 2022, arXiv 2107.09003): an offline safe policy. Docs: README.md
 import math
+import os
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second pool of threads slows both down
 import numpy as np
 import torch
 import torch.nn as nn

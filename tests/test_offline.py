@@ -6,7 +6,8 @@ from scipy.stats import mannwhitneyu
 from torch import nn
 from torch.distributions import Normal, TanhTransform, TransformedDistribution, kl_divergence
 
-from offline_pretrain import VAE, Actor, Args, Critic, actor_loss, ood_shortfall
+import common
+from offline_pretrain import VAE, Actor, Args, Critic, actor_loss, ood_shortfall, sample
 
 
 class OneAction(nn.Module):
@@ -210,3 +211,21 @@ def test_imitating_an_action_on_the_border_is_finite():
     loss.backward()
     assert imitated.item() == pytest.approx(3 / 5)
     assert all(torch.isfinite(x).all() for x in (loss, actor.mean.grad, actor.log_std.grad))
+
+
+def test_vae_keeps_a_code_on_the_shipped_data_where_a_larger_beta_loses_it():
+    task = common.Task("SafetyBallCircle-v0", 8, 2, 200)
+    data = common.read_dataset(common.find_dataset(task, None), task)
+    kl = {}
+    for beta in (Args.vae_beta, 0.5):
+        torch.manual_seed(0)
+        vae = VAE(8, 2)
+        optimizer = torch.optim.Adam(vae.parameters(), Args.vae_lr)
+        for _ in range(500):
+            batch = sample(data, 256)
+            loss, _ = vae.loss(batch["observations"], batch["actions"], beta)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        kl[beta] = float(vae.loss(batch["observations"], batch["actions"], beta)[1].mean())
+    assert kl[Args.vae_beta] > 0.5 > 0.15 > kl[0.5]
