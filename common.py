@@ -4,7 +4,6 @@ Units: a return or a cost is an undiscounted sum over one episode in the task's 
 says otherwise; actions are in [-1, 1]; a terminal ends the task, a timeout only cuts the episode.
 """
 import csv
-import hashlib
 import json
 import os
 import sys
@@ -31,6 +30,25 @@ def stop(message: str) -> NoReturn:
     """End the program because of a user's mistake: one line on stderr, exit status 2, no traceback."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one short line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+
+
+def check_options(args: Any) -> None:
+    """Stop at the first option that makes no sense; called before anything is read or written."""
+    positive = "update_steps total_timesteps batch_size eval_every eval_episodes rollout_episodes".split()
+    at_most = {"gamma": 0.9999, "tau": 1, "vpa_tau": 1, "cost_margin": 1, "ood_quantile": 1}
+    for name, value in asdict(args).items():
+        low, high = int(name in positive), at_most.get(name, sys.float_info.max)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            stop(f"--{name.replace('_', '-')} {value}: must be between {low} and {high:.4g}")
+    if args.cuda and not torch.cuda.is_available():
+        stop("--cuda: torch finds no GPU here")
+    if getattr(args, "save_dataset", None) and not Path(args.save_dataset).parent.is_dir():
+        stop(f"--save-dataset {args.save_dataset}: {Path(args.save_dataset).parent} is not a folder")
 
 
 # --- Tasks ---
@@ -60,8 +78,8 @@ def normalized_cost(episode_cost: float, cost_limit: float) -> float:
 def make_env(env_id: str) -> tuple[gym.Env, Task]:
     """The simulator and its description. Stops with one line if the task is unknown or does not fit.
 
-    Actions are rescaled to [-1, 1] if the task's box is another one. One reset is thrown away: in bullet's
-    Car and Drone tasks the first one differs from all later ones with the same seed.
+    Actions are rescaled to [-1, 1] if the task's box is another one. The first reset is thrown away: in
+    bullet's Car and Drone tasks it differs from all later ones with the same seed.
     """
     import bullet_safety_gym  # noqa: F401  (registers the tasks)
     from dsrl import infos  # also registers safety-gymnasium's tasks
@@ -70,16 +88,19 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
         known = [name for name in gym.registry if name.startswith("Safety")]
         near = get_close_matches(env_id, known, n=3, cutoff=0.4)
         stop(f"--env-id {env_id}: no such task; the nearest names are {', '.join(near) or 'none'}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        env = gym.make(env_id)
-    for what, space in ("observation", env.observation_space), ("action", env.action_space):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            stop(f"--env-id {env_id}: its {what} space must be a box of one dimension, not {space}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            env = gym.make(env_id)
+        for what, space in ("observation", env.observation_space), ("action", env.action_space):
+            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                stop(f"--env-id {env_id}: its {what} space must be a box of one dimension, not {space}")
+        reset_env(env, 0)
+        info = env.step(np.zeros(env.action_space.shape, env.action_space.dtype))[4]
+    except Exception as error:  # a simulator that is not installed, one with a step of six values, ...
+        stop(f"--env-id {env_id}: does not run ({first_line(error)}); try SafetyPointGoal1Gymnasium-v0")
     if not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
         env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
-    reset_env(env, 0)
-    info = env.step(np.zeros(env.action_space.shape, env.action_space.dtype))[4]
     if "cost" not in info:
         stop(f"--env-id {env_id}: its step() gives no info['cost'] to keep under a limit")
     name = env_id.removeprefix("Safety").split("-v")[0].removesuffix("Gymnasium")
@@ -95,9 +116,13 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:
     """Start the episode that `seed` stands for and return its first observation, float32 (obs_dim,).
 
-    Bullet ignores reset's seed and draws from numpy's global state, so that is seeded too. The scripts
-    themselves draw nothing from it.
+    Bullet ignores reset's seed and draws from numpy's global state, so that is seeded too; the scripts draw
+    nothing from it. Its motors keep their targets across a reset, so they are stopped and it is reset twice.
     """
+    if type(env.unwrapped).__module__.startswith("bullet_safety_gym"):
+        env.unwrapped.agent.apply_action(np.zeros(env.action_space.shape))
+        np.random.seed(seed % 2**32)
+        env.unwrapped.reset()
     np.random.seed(seed % 2**32)
     return env.reset(seed=seed)[0].astype(np.float32)
 
@@ -137,8 +162,7 @@ def find_dataset(task: Task, dataset_path: str | None) -> Path:
     cache = Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser()
     if (cache / task.dataset_file).is_file():
         return cache / task.dataset_file
-    # resumes, retries, and puts a file in place only when it is whole
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download  # resumes, retries, puts only a whole file in place
 
     print(f"downloading {task.dataset_file} from huggingface.co/datasets/{DSRL_MIRROR} to {cache}")
     try:
@@ -159,15 +183,18 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
             missing = [key for key in DATASET_KEYS if key not in file]
             if missing:
                 stop(f"{path}: not a DSRL dataset, it lacks {', '.join(missing)}")
+            for key in DATASET_KEYS:
+                if not isinstance(file[key], h5py.Dataset) or file[key].ndim == 0:
+                    stop(f"{path}: {key} is not an array")
             raw = {key: file[key][()] for key in DATASET_KEYS}
             made_for = file.attrs.get("task", task.env_id)
     except OSError as error:
-        stop(f"{path}: not a readable HDF5 file ({str(error).splitlines()[0]})")
+        stop(f"{path}: not a readable HDF5 file ({first_line(error)})")
     if made_for != task.env_id:
         stop(f"{path}: collected from {made_for}, not from {task.env_id}")
     n, data = len(raw["rewards"]), {}
-    shapes = {"observations": (n, task.obs_dim), "actions": (n, task.act_dim)}
-    shapes["next_observations"] = shapes["observations"]
+    state, action = (n, task.obs_dim), (n, task.act_dim)
+    shapes = {"observations": state, "next_observations": state, "actions": action}
     if n == 0:
         stop(f"{path}: holds no transition")
     for key, array in raw.items():
@@ -178,7 +205,8 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
             array = array[:, 0]
         if array.shape != shape:
             stop(f"{path}: {key} has shape {array.shape}, {task.env_id} needs {shape}")
-        data[key] = torch.from_numpy(np.ascontiguousarray(array, np.float32))
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
+            data[key] = torch.from_numpy(np.ascontiguousarray(array, np.float32))
         if not bool(torch.isfinite(data[key]).all()):
             row = int((~torch.isfinite(data[key].reshape(n, -1)).all(1)).nonzero()[0])
             stop(f"{path}: {key} is not finite at transition {row}")
@@ -186,7 +214,7 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
         if not bool(((data[key] == 0) | (data[key] == 1)).all()):
             stop(f"{path}: {key} must be 0 or 1")
     if not bool((data["terminals"] + data["timeouts"]).any()):
-        stop(f"{path}: no episode ends in it: terminals and timeouts are all 0")
+        stop(f"{path}: no episode ends: terminals and timeouts are all 0")
     if float(data["actions"].abs().max()) > 1 + 1e-5:
         stop(f"{path}: actions reach {float(data['actions'].abs().max()):g}, outside [-1, 1]")
     if float(data["costs"].min()) < 0:
@@ -213,11 +241,6 @@ def episode_sums(data: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ends, *(np.diff(total, prepend=0.0) for total in totals)
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 # --- Run files ---
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write tensors, numbers, strings, lists and dicts under a temporary name, flush, then rename."""
@@ -236,7 +259,7 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, something else, or carrying code: torch raises many types
-        stop(f"--checkpoint {path}: not a readable checkpoint ({str(error).splitlines()[0][:100]})")
+        stop(f"--checkpoint {path}: not a readable checkpoint ({first_line(error)})")
     if not isinstance(checkpoint, dict) or checkpoint.get("version") != CHECKPOINT_VERSION:
         stop(f"--checkpoint {path}: not written by this version of offline_pretrain.py")
     return checkpoint
@@ -268,11 +291,9 @@ class RunLogger:
         self.wandb = None
         if args.track:
             import wandb
-
             self.wandb = wandb.init(project=args.wandb_project_name, name=self.dir.name, config=asdict(args),
                                     dir=str(self.dir), sync_tensorboard=True, save_code=True)
         from torch.utils.tensorboard import SummaryWriter
-
         self.board = SummaryWriter(str(self.dir))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -299,13 +320,6 @@ def read_metrics(path: Path) -> dict[str, np.ndarray]:
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]} if rows else {}
-
-
-def rolling_mean(x: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` entries at every entry, of fewer at the start."""
-    sums = np.cumsum(np.concatenate([[0.0], x]))
-    k = np.arange(1, len(x) + 1)
-    return (sums[k] - sums[np.maximum(k - window, 0)]) / np.minimum(k, window)
 
 
 def plot_curves(run_dir: Path, x: str, panels: dict[str, list[str]], cost_limit: float) -> None:
@@ -339,11 +353,9 @@ def monte_carlo(env: gym.Env, task: Task, policy: Callable, gamma: float, seed: 
     """Discounted returns and costs that follow states and actions of the simulator, to judge Q-functions by.
 
     Every rollout starts with uniform actions for a random number of steps, then samples the policy. Recorded
-    are the last uniform action and every `every`-th step after it within the task's horizon, if `tail` steps
-    follow (half a horizon if that is less) or the episode terminates; gamma^400 = 0.02 of what follows is cut
-    off. Critics bootstrap through the time limit, so the rollout goes on past it where the simulator's clock
-    can be wound back.
-    Returns "observations", "actions", "returns", "costs": (n, ...) float32, unscaled.
+    are the last uniform action and every `every`-th step after it within the horizon, if `tail` steps or half
+    a horizon follow or the episode ends. Critics bootstrap through the time limit, so the rollout goes past
+    it where the clock can be wound back. Returns float32 arrays (n, ...), unscaled.
     """
     state, rng, horizon = np.random.get_state(), np.random.default_rng(seed), task.max_episode_steps
     out = {"observations": [], "actions": [], "returns": [], "costs": []}
@@ -380,14 +392,8 @@ def print_result(run_dir: Path, policies: dict[str, dict], cost_limit: float) ->
             print(f"{name:18s}{result['sampled']['return'].mean():16.1f}{result['sampled']['cost'].mean():8.1f}"
                   f"{result['mean']['return'].mean():20.1f}{result['mean']['cost'].mean():8.1f}")
     metrics = read_metrics(run_dir / "metrics.csv")
-    above = np.flatnonzero(rolling_mean(metrics["episode_cost"], 20)[19:] > cost_limit) + 19
-    if len(metrics["episode_cost"]) < 20:
-        print("fewer than 20 episodes: too few for a rolling mean of the cost")
-    elif len(above) == 0:
-        print(f"the mean cost of 20 consecutive episodes never exceeded the limit of {cost_limit:g}")
-    elif above[-1] + 1 < len(metrics["env_steps"]):
-        print(f"the mean cost of the last 20 episodes is under {cost_limit:g} from "
-              f"{metrics['env_steps'][above[-1] + 1]:.0f} environment steps on")
-    else:
-        print(f"the mean cost of the last 20 episodes is above {cost_limit:g} at the end")
-    print(f"violation regret {metrics['violation_regret'][-1]:.0f}; files in {run_dir}")
+    cost = metrics["episode_cost"]
+    above = np.flatnonzero(np.convolve(cost, np.full(20, 1 / 20))[19 : len(cost)] > cost_limit) + 19
+    when = f"last at step {metrics['env_steps'][above[-1]]:.0f}" if len(above) else "never"
+    print(f"mean cost of 20 consecutive episodes over the limit of {cost_limit:g}: {when}; "
+          f"violation regret {metrics['violation_regret'][-1]:.0f}; files in {run_dir}")

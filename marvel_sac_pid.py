@@ -47,7 +47,7 @@ class Args:
     # --- Constraint ---
     cost_limit: float = 20.0
     """limit of the expected cost per episode (undiscounted sum)"""
-    cost_margin: float = 0.3
+    cost_margin: float = 0.5
     """the multiplier aims at (1 - cost_margin) * cost_limit; aiming at the limit exceeds it half the time"""
 
     # --- Both phases ---
@@ -61,7 +61,7 @@ class Args:
     """learning rate of both critics"""
 
     # --- Value pre-alignment ---
-    vpa_steps: int = 3_000
+    vpa_steps: int = 2_000
     """gradient steps of pre-alignment; 0 is Warm Start"""
     vpa_tau: float = 0.1
     """target networks' step in VPA; the policy is frozen, so it may be large (README, difference 3)"""
@@ -97,11 +97,11 @@ class Args:
     """first multiplier: least squares, ratio of norms, the second relaxing to the first, or a number"""
     lagrange_max: float = 100.0
     """largest multiplier"""
-    kp: float = 0.01
+    kp: float = 0.005
     """proportional gain per unit of episode cost"""
-    ki: float = 0.002
+    ki: float = 0.001
     """integral gain per unit of episode cost and multiplier update; dual ascent's step size too"""
-    kd: float = 0.01
+    kd: float = 0.005
     """derivative gain per unit of episode cost"""
     adapt_rate: float = 0.05
     """largest relative change of a gain per multiplier update"""
@@ -314,6 +314,8 @@ COLUMNS = ["env_steps", "episode", "episode_return", "episode_cost", "normalized
 
 
 def main(args: Args) -> None:
+    common.check_options(args)
+
     # --- Seeding and task ---
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # one core per run; run seeds in parallel

@@ -1,4 +1,5 @@
 # Constraints Penalized Q-learning (Xu et al. 2022, arXiv 2107.09003): an offline safe policy. Docs: README.md
+import hashlib
 import math
 import os
 from copy import deepcopy
@@ -232,6 +233,8 @@ COLUMNS = ["update_steps", "q_loss", "qc_loss", "q_mean", "qc_mean", "actor_loss
 
 
 def main(args: Args) -> None:
+    common.check_options(args)
+
     # --- Seeding and task ---
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # one core per run; run seeds in parallel
@@ -320,7 +323,7 @@ def main(args: Args) -> None:
         "env_id": args.env_id, "obs_dim": task.obs_dim, "act_dim": task.act_dim, "hidden": 256,
         "activation": "relu", "gamma": args.gamma, "reward_scale": args.reward_scale,
         "cost_limit": args.cost_limit, "args": asdict(args), "dataset": dataset_file.name,
-        "dataset_sha256": common.sha256(dataset_file), "actor": actor.state_dict(),
+        "dataset_sha256": hashlib.sha256(dataset_file.read_bytes()).hexdigest(), "actor": actor.state_dict(),
         "q": q.state_dict(), "qc": qc.state_dict(), "q_target": q_target.state_dict(),
         "qc_target": qc_target.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
         "actor_optimizer": actor_optimizer.state_dict(), "vae": vae.state_dict(),

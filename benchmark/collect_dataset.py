@@ -68,7 +68,8 @@ def thin(costs: np.ndarray, returns: np.ndarray, max_episodes: int, rng: np.rand
 def main(args: Args) -> None:
     work = Path(args.work_dir) / f"{args.env_id}__seed{args.seed}"
     work.mkdir(parents=True, exist_ok=True)
-    files = [work / f"limit{limit:g}.hdf5" for limit in args.cost_limits]
+    setting = f"{args.timesteps}steps-utd{args.utd:g}"
+    files = [work / f"limit{limit:g}-{setting}.hdf5" for limit in args.cost_limits]
 
     # --- Train under every limit ---
     def collect(k: int) -> int:
@@ -76,7 +77,8 @@ def main(args: Args) -> None:
             return 0
         command = [sys.executable, str(ROOT / "marvel_sac_pid.py"), "--from-scratch", "--env-id", args.env_id,
                    "--cost-limit", str(args.cost_limits[k]), "--total-timesteps", str(args.timesteps),
-                   "--utd", str(args.utd), "--alpha", "0.1", "--kp", "0.02", "--cost-margin", "0",
+                   "--utd", str(args.utd), "--alpha", "0.1", "--cost-margin", "0",
+                   "--kp", "0.02", "--ki", "0.002", "--kd", "0.01",
                    "--seed", str(args.seed + k), "--eval-every", str(args.timesteps), "--eval-episodes", "5",
                    "--run-dir", str(files[k].with_suffix("")), "--overwrite", "--save-dataset", str(files[k])]
         with open(files[k].with_suffix(".log"), "w") as log:

@@ -31,6 +31,13 @@ def interval(values: list[float]) -> str:
     return f"{x.mean():.1f} ± {stats.t.ppf(0.975, len(x) - 1) * stats.sem(x):.1f}"
 
 
+def rolling_mean(x: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` entries at every entry, of fewer at the start."""
+    sums = np.cumsum(np.concatenate([[0.0], x]))
+    k = np.arange(1, len(x) + 1)
+    return (sums[k] - sums[np.maximum(k - window, 0)]) / np.minimum(k, window)
+
+
 def plateau(runs: list[dict]) -> float:
     """Mean training return over the last quarter of each run's steps, averaged over runs."""
     late = [run["env_steps"] > 0.75 * run["env_steps"][-1] for run in runs]
@@ -39,8 +46,8 @@ def plateau(runs: list[dict]) -> float:
 
 def steps_to(run: dict, target: float, window: int = 5) -> float:
     """First step at which the last `window` episodes have mean return >= target and mean cost <= limit."""
-    good = ((common.rolling_mean(run["episode_return"], window) >= target)
-            & (common.rolling_mean(run["episode_cost"], window) <= COST_LIMIT))
+    good = ((rolling_mean(run["episode_return"], window) >= target)
+            & (rolling_mean(run["episode_cost"], window) <= COST_LIMIT))
     good[: window - 1] = False
     return float(run["env_steps"][np.argmax(good)]) if good.any() else float("nan")
 
@@ -61,7 +68,7 @@ def table(task: str, runs: dict[str, list[dict]]) -> list[str]:
             cells += [""] * 4
         else:
             over = [100 * (run["episode_cost"] > COST_LIMIT).mean() for run in seeds]
-            worst = [common.rolling_mean(run["episode_cost"], 20)[19:].max() for run in seeds]
+            worst = [rolling_mean(run["episode_cost"], 20)[19:].max() for run in seeds]
             cells += [interval([run["violation_regret"][-1] for run in seeds]), interval(over) + " %",
                       interval(worst), interval([steps_to(run, target) for run in seeds])]
         lines.append("| " + " | ".join(cells) + " |")
@@ -77,7 +84,7 @@ def picture(task: str, runs: dict[str, list[dict]]) -> None:
         for axes, column in zip(panels, columns, strict=True):
             smooth = []
             for run in runs.get(method, []):
-                y = run[column] if column == "lagrange_multiplier" else common.rolling_mean(run[column], 10)
+                y = run[column] if column == "lagrange_multiplier" else rolling_mean(run[column], 10)
                 axes.plot(run["env_steps"], y, color=f"tab:{colour}", lw=0.4, alpha=0.5)
                 smooth.append(y)
             if smooth:

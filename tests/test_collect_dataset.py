@@ -115,7 +115,6 @@ def test_finished_runs_are_not_run_again(fake_runs):
     assert Path("x.hdf5").read_bytes() == first
 
 
-@pytest.mark.xfail(strict=True, reason="runs in --work-dir are taken whatever their steps and updates were")
 @pytest.mark.parametrize("change", [{"timesteps": 700}, {"utd": 0.1}])
 def test_runs_with_other_options_are_not_taken_for_these(fake_runs, change):
     collect()

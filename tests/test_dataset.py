@@ -111,20 +111,17 @@ FAULTS = {
     "timeout-half": (changed("timeouts", 3, 0.5), "timeouts must be 0 or 1"),
     "action-outside": (changed("actions", 3, (0, -1.5)), "actions reach 1.5, outside [-1, 1]"),
     "negative-cost": (changed("costs", 11, -1), "costs are negative at transition 11"),
-}
-NOT_YET = {
     "group": (replaced(observations=None), "observations"),
     "scalar": (replaced(rewards=1.0), "rewards"),
     "null": (replaced(rewards=h5py.Empty("f")), "rewards"),
     "text": (replaced(rewards="none"), "rewards"),
     "too-large": (replaced(rewards=np.full(600, 1e300)), "rewards is not finite at transition 0"),
 }
-XFAIL = pytest.mark.xfail(strict=True, reason="read_dataset does not name this fault in one line yet")
 
 
-@pytest.mark.parametrize("name", [*FAULTS, *(pytest.param(name, marks=XFAIL) for name in NOT_YET)])
+@pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_named_in_one_line(tmp_path, ball_data, refusal, name):
-    change, words = (FAULTS | NOT_YET)[name]
+    change, words = FAULTS[name]
     raw = dict(ball_data)
     change(raw)
     path = write_raw(tmp_path / "broken.hdf5", raw, task=TASK)
