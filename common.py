@@ -42,9 +42,11 @@ def check_options(args: Any) -> None:
     positive = "update_steps total_timesteps batch_size eval_every eval_episodes rollout_episodes".split()
     at_most = {"gamma": 0.9999, "tau": 1, "vpa_tau": 1, "cost_margin": 1, "ood_quantile": 1}
     for name, value in asdict(args).items():
-        low, high = int(name in positive), at_most.get(name, sys.float_info.max)
+        low, high = int(name in positive), at_most.get(name, 1e300)
         if isinstance(value, (int, float)) and not low <= value <= high:
             stop(f"--{name.replace('_', '-')} {value}: must be between {low} and {high:.4g}")
+    if getattr(args, "from_scratch", False) and (args.checkpoint or args.dataset_path):
+        stop("--from-scratch takes neither --checkpoint nor --dataset-path")
     if args.cuda and not torch.cuda.is_available():
         stop("--cuda: torch finds no GPU here")
     if getattr(args, "save_dataset", None) and not Path(args.save_dataset).parent.is_dir():
@@ -85,7 +87,7 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
     from dsrl import infos  # also registers safety-gymnasium's tasks
 
     if env_id not in gym.registry:
-        known = [name for name in gym.registry if name.startswith("Safety")]
+        known = [url.rsplit("/", 1)[1].rsplit("-", 2)[0] for url in infos.DATASET_URLS.values()]
         near = get_close_matches(env_id, known, n=3, cutoff=0.4)
         stop(f"--env-id {env_id}: no such task; the nearest names are {', '.join(near) or 'none'}")
     try:
@@ -116,8 +118,8 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:
     """Start the episode that `seed` stands for and return its first observation, float32 (obs_dim,).
 
-    Bullet ignores reset's seed and draws from numpy's global state, so that is seeded too; the scripts draw
-    nothing from it. Its motors keep their targets across a reset, so they are stopped and it is reset twice.
+    Bullet ignores reset's seed and draws from numpy's global state, so that is seeded (the scripts never draw
+    from it); its motors keep their targets across a reset, so they are stopped and it is reset twice.
     """
     if type(env.unwrapped).__module__.startswith("bullet_safety_gym"):
         env.unwrapped.agent.apply_action(np.zeros(env.action_space.shape))
@@ -157,8 +159,7 @@ def find_dataset(task: Task, dataset_path: str | None) -> Path:
     if shipped.is_file():
         return shipped
     if task.dataset_file is None:
-        stop(f"no dataset is known for {task.env_id}: give one with --dataset-path "
-             f"(benchmark/collect_dataset.py makes one)")
+        stop(f"no dataset of {task.env_id}: benchmark/collect_dataset.py makes one, --dataset-path takes it")
     cache = Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser()
     if (cache / task.dataset_file).is_file():
         return cache / task.dataset_file
@@ -245,8 +246,9 @@ def episode_sums(data: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write tensors, numbers, strings, lists and dicts under a temporary name, flush, then rename."""
     part = path.with_name(path.name + ".part")
+    packages = {"torch": str(torch.__version__), "numpy": np.__version__, "gymnasium": gym.__version__}
     with open(part, "wb") as file:
-        torch.save({"version": CHECKPOINT_VERSION, **checkpoint}, file)
+        torch.save({"version": CHECKPOINT_VERSION, "packages": packages, **checkpoint}, file)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
@@ -280,19 +282,21 @@ class RunLogger:
             for old in ("config.json", "metrics.csv", "checkpoint.pt", "curves.png", "events.out.tfevents.*"):
                 for file in self.dir.glob(old):
                     file.unlink()
+        self.wandb = None
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            if args.track:
+                import wandb
+                self.wandb = wandb.init(project=args.wandb_project_name, name=self.dir.name, dir=self.dir,
+                                        config=asdict(args), sync_tensorboard=True, save_code=True)
             self.file = open(self.dir / "metrics.csv", "w", newline="")
         except OSError as error:
             stop(f"--run-dir {run_dir}: cannot write there ({error.strerror})")
+        except Exception as error:
+            stop(f"--track: Weights & Biases does not start ({first_line(error)}); try WANDB_MODE=offline")
         (self.dir / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         self.csv = csv.DictWriter(self.file, columns, lineterminator="\n")
         self.csv.writeheader()
-        self.wandb = None
-        if args.track:
-            import wandb
-            self.wandb = wandb.init(project=args.wandb_project_name, name=self.dir.name, config=asdict(args),
-                                    dir=str(self.dir), sync_tensorboard=True, save_code=True)
         from torch.utils.tensorboard import SummaryWriter
         self.board = SummaryWriter(str(self.dir))
 
@@ -317,8 +321,7 @@ class RunLogger:
 
 def read_metrics(path: Path) -> dict[str, np.ndarray]:
     """metrics.csv as float arrays (rows,), nan where a cell is empty."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]} if rows else {}
 
 
@@ -352,24 +355,22 @@ def monte_carlo(env: gym.Env, task: Task, policy: Callable, gamma: float, seed: 
                 tail: int = 400, every: int = 10) -> dict[str, np.ndarray]:
     """Discounted returns and costs that follow states and actions of the simulator, to judge Q-functions by.
 
-    Every rollout starts with uniform actions for a random number of steps, then samples the policy. Recorded
-    are the last uniform action and every `every`-th step after it within the horizon, if `tail` steps or half
-    a horizon follow or the episode ends. Critics bootstrap through the time limit, so the rollout goes past
-    it where the clock can be wound back. Returns float32 arrays (n, ...), unscaled.
+    Every rollout starts with one to ten uniform actions, then samples the policy. Recorded are the last of
+    those and every `every`-th step after it within the horizon that `tail` steps, half a horizon or the end
+    follow. Critics bootstrap through time limits, so the clock is wound back. Float32, (n, ...), unscaled.
     """
     state, rng, horizon = np.random.get_state(), np.random.default_rng(seed), task.max_episode_steps
-    out = {"observations": [], "actions": [], "returns": [], "costs": []}
+    clocks, rows = [env], []
+    while clocks[-1] is not env.unwrapped:
+        clocks.append(clocks[-1].env)
     for k in range(episodes):
-        obs, steps, prefix = reset_env(env, 20_000 + k), [], int(rng.integers(horizon // 2))
+        obs, steps, prefix = reset_env(env, 20_000 + k), [], int(rng.integers(min(10, horizon // 2)))
         terminated = truncated = False
         while not (terminated or truncated) and len(steps) < horizon + tail:
-            wrapper = env
-            while wrapper is not env.unwrapped:
-                if hasattr(wrapper, "_elapsed_steps"):
-                    wrapper._elapsed_steps = 0
-                wrapper = wrapper.env
-            uniform = rng.uniform(-1, 1, task.act_dim).astype(np.float32)
-            action = uniform if len(steps) <= prefix else policy(obs, rng)
+            for wrapper in clocks:
+                wrapper._elapsed_steps = 0
+            start = len(steps) <= prefix
+            action = rng.uniform(-1, 1, task.act_dim).astype("f4") if start else policy(obs, rng)
             next_obs, reward, terminated, truncated, info = env.step(action)
             steps.append((obs, action, reward, info["cost"]))
             obs = next_obs.astype(np.float32)
@@ -378,22 +379,21 @@ def monte_carlo(env: gym.Env, task: Task, policy: Callable, gamma: float, seed: 
             value = np.array(steps[t][2:], float) + gamma * value
             counts = t < horizon and (terminated or len(steps) - t >= min(tail, horizon // 2))
             if counts and (t - prefix) % every == 0:
-                for key, item in zip(out, (*steps[t][:2], *value), strict=True):
-                    out[key].append(item)
+                rows.append((*steps[t][:2], *value))
     np.random.set_state(state)
-    return {key: np.array(items, np.float32) for key, items in out.items()}
+    columns = [np.array(column, np.float32) for column in zip(*rows, strict=True)]
+    return dict(zip(("observations", "actions", "returns", "costs"), columns, strict=True))
 
 
 def print_result(run_dir: Path, policies: dict[str, dict], cost_limit: float) -> None:
     """The table at the end of a run."""
     print(f"\n{'':18s}{'sampled return':>16s}{'cost':>8s}{'mean-action return':>20s}{'cost':>8s}")
     for name, result in policies.items():
-        if result:
-            print(f"{name:18s}{result['sampled']['return'].mean():16.1f}{result['sampled']['cost'].mean():8.1f}"
-                  f"{result['mean']['return'].mean():20.1f}{result['mean']['cost'].mean():8.1f}")
+        print(f"{name:18s}{result['sampled']['return'].mean():16.1f}{result['sampled']['cost'].mean():8.1f}"
+              f"{result['mean']['return'].mean():20.1f}{result['mean']['cost'].mean():8.1f}")
     metrics = read_metrics(run_dir / "metrics.csv")
     cost = metrics["episode_cost"]
     above = np.flatnonzero(np.convolve(cost, np.full(20, 1 / 20))[19 : len(cost)] > cost_limit) + 19
-    when = f"last at step {metrics['env_steps'][above[-1]]:.0f}" if len(above) else "never"
-    print(f"mean cost of 20 consecutive episodes over the limit of {cost_limit:g}: {when}; "
+    when = f"not after step {metrics['env_steps'][above[-1]]:.0f}" if len(above) else "never"
+    print(f"mean cost of the last 20 episodes over the limit of {cost_limit:g}: {when}; "
           f"violation regret {metrics['violation_regret'][-1]:.0f}; files in {run_dir}")

@@ -94,7 +94,7 @@ class Args:
     multiplier: Literal["apid", "apid-published", "pid", "dual", "fixed"] = "apid"
     """adaptive PID, its published law, plain PID, dual ascent, or fixed at --lagrange-init"""
     lagrange_init: Literal["relax", "aligned", "norm-ratio"] | float = "relax"
-    """first multiplier: least squares, ratio of norms, the second relaxing to the first, or a number"""
+    """first multiplier: from the critics' gradients (README), or a number; relax without kp is norm-ratio"""
     lagrange_max: float = 100.0
     """largest multiplier"""
     kp: float = 0.005
@@ -195,8 +195,7 @@ class PIDLagrangian:
         self.lagrange_max, self.published = lagrange_max, published
         self.first_gains, self.gains = [kp, ki, kd], [kp, ki, kd]
         self.integral, self.error_ema, self.cost_ema = min(lagrange_init, lagrange_max), 0.0, 0.0
-        self.cost_emas = deque([0.0], maxlen=d_delay)
-        self.costs = deque(maxlen=d_delay)
+        self.cost_emas, self.costs = deque([0.0], maxlen=d_delay), deque(maxlen=d_delay)
         self.multiplier = self.integral
 
     def update(self, episode_cost: float) -> float:
@@ -281,9 +280,9 @@ def actor_loss(obs, actor, q, qc, alpha, lagrange_multiplier):
 def aligned_multipliers(obs, actor, q, qc):
     """Two first multipliers from the critics' action-gradients at the policy's own actions on states `obs`.
 
-    The policy is stationary for the Lagrangian where grad Q = lambda grad Qc. Least squares over the states
-    gives E[grad Q . grad Qc] / E[|grad Qc|^2]. The ratio of norms sqrt(E[|grad Q|^2] / E[|grad Qc|^2]) takes
-    them for parallel: by Cauchy-Schwarz it is never smaller, so safer. Units: scaled reward per cost.
+    But for entropy, a policy is stationary for the Lagrangian where grad Q = lambda grad Qc. The lambda that
+    minimises E[|grad Q - lambda grad Qc|^2] is E[grad Q . grad Qc] / E[|grad Qc|^2]. The ratio of norms
+    sqrt(E[|grad Q|^2] / E[|grad Qc|^2]) is never smaller (Cauchy-Schwarz), so safer. Scaled reward per cost.
     """
     act = actor(obs)[0].detach().requires_grad_()
     (grad_q,) = torch.autograd.grad(q(obs, act).amin(0).sum(), act)
@@ -368,7 +367,7 @@ def main(args: Args) -> None:
         return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=targets[0].mean(), qc_mean=targets[1].mean())
 
     # --- Value pre-alignment ---
-    start = None if args.from_scratch else evaluate(args.eval_episodes)
+    evaluations = {} if args.from_scratch else {"offline policy": evaluate(args.eval_episodes)}
     if not args.from_scratch and args.vpa_steps > 0:
         offline_policy = deepcopy(actor).requires_grad_(False)
         samples = common.monte_carlo(eval_env, task, actor.numpy_policy(), args.gamma, seed=args.seed)
@@ -384,16 +383,17 @@ def main(args: Args) -> None:
             logger.scalars(0, {f"vpa/{name}_before": before[name], f"vpa/{name}_after": after[name]})
 
     # --- Lagrange multiplier ---
+    kp, ki, kd = {"dual": (0.0, args.ki, 0.0), "fixed": (0.0, 0.0, 0.0)}.get(
+        args.multiplier, (args.kp, args.ki, args.kd))
     lagrange_init, excess = args.lagrange_init, 0.0
     if args.from_scratch and isinstance(lagrange_init, str):
         lagrange_init = 0.0  # there are no critics to align it with yet
     elif isinstance(lagrange_init, str):
         aligned, norm_ratio = aligned_multipliers(sample(offline_data, 4096)["observations"], actor, q, qc)
         print(f"first multiplier: least squares {aligned:.3f}, ratio of norms {norm_ratio:.3f}")
-        lagrange_init = norm_ratio if args.lagrange_init == "norm-ratio" else aligned
-        excess = norm_ratio - aligned if args.lagrange_init == "relax" else 0.0
-    kp, ki, kd = {"dual": (0.0, args.ki, 0.0), "fixed": (0.0, 0.0, 0.0)}.get(
-        args.multiplier, (args.kp, args.ki, args.kd))
+        relax = args.lagrange_init == "relax" and kp > 0
+        lagrange_init = aligned if relax or args.lagrange_init == "aligned" else norm_ratio
+        excess = min(norm_ratio, args.lagrange_max) - aligned if relax else 0.0
     controller = PIDLagrangian(
         args.cost_limit * (1 - args.cost_margin), kp, ki, kd, lagrange_init=lagrange_init,
         lagrange_max=args.lagrange_max, published=args.multiplier == "apid-published",
@@ -404,7 +404,7 @@ def main(args: Args) -> None:
     capacity = args.total_timesteps + args.rollout_episodes * task.max_episode_steps
     widths = dict(observations=(task.obs_dim,), next_observations=(task.obs_dim,), actions=(task.act_dim,))
     storage = {key: torch.zeros(capacity, *widths.get(key, ()), device=device) for key in common.DATASET_KEYS}
-    env_steps = episode = evaluations = cumulative_cost = violation_regret = 0
+    env_steps = episode = evaluated = cumulative_cost = violation_regret = 0
     bar = tqdm(total=args.total_timesteps, desc="online", mininterval=1)
     while env_steps < args.total_timesteps:
         # --- Collect full episodes ---
@@ -438,7 +438,7 @@ def main(args: Args) -> None:
 
         # --- Gradient steps ---
         losses, online_data = {}, {key: value[:env_steps] for key, value in storage.items()}
-        for _ in range(round(args.utd * (env_steps - first)) if learning else 0):
+        for _ in range(int(args.utd * env_steps) - int(args.utd * first) if learning else 0):
             batch = sample(online_data, args.batch_size)
 
             # --- Update critics ---
@@ -460,8 +460,8 @@ def main(args: Args) -> None:
             losses |= dict(actor_loss=loss, alpha=alpha, entropy=-log_prob.mean())
 
         # --- Evaluate and log ---
-        if env_steps >= (evaluations + 1) * args.eval_every or env_steps >= args.total_timesteps:
-            evaluations = env_steps // args.eval_every
+        if env_steps >= (evaluated + 1) * args.eval_every or env_steps >= args.total_timesteps:
+            evaluated = env_steps // args.eval_every
             end = evaluate(args.eval_episodes)
             for how, result in end.items():
                 rows[-1][f"eval_{how}_return"] = result["return"].mean()
@@ -490,7 +490,7 @@ def main(args: Args) -> None:
         data = {key: value[:env_steps].cpu().numpy() for key, value in storage.items()}
         data["rewards"] = data["rewards"] / args.reward_scale
         common.write_dataset(Path(args.save_dataset), data, {"task": args.env_id, "seed": args.seed})
-    common.print_result(run_dir, {"offline policy": start, "after finetuning": end}, args.cost_limit)
+    common.print_result(run_dir, evaluations | {"after finetuning": end}, args.cost_limit)
     env.close()
     eval_env.close()
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ def test_saved_checkpoint_comes_back_bit_equal(tmp_path):
     common.save_checkpoint(tmp_path / "checkpoint.pt", saved)
     loaded = common.load_checkpoint(tmp_path / "checkpoint.pt")
     assert loaded.pop("version") == common.CHECKPOINT_VERSION
+    assert loaded.pop("packages") == {name: version(name) for name in ("torch", "numpy", "gymnasium")}
     assert equal(saved, loaded)
     assert not equal(saved, loaded | {"special": torch.tensor([float("inf"), 0.0, 1e-45])})
 
