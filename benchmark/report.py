@@ -85,15 +85,15 @@ def picture(task: str, runs: dict[str, list[dict]]) -> None:
             smooth = []
             for run in runs.get(method, []):
                 y = run[column] if column == "lagrange_multiplier" else rolling_mean(run[column], 10)
-                axes.plot(run["env_steps"], y, color=f"tab:{colour}", lw=0.4, alpha=0.5)
+                axes.plot(run["env_steps"] / 1000, y, color=f"tab:{colour}", lw=0.4, alpha=0.5)
                 smooth.append(y)
             if smooth:
                 n = min(map(len, smooth))
                 mean = np.mean([y[:n] for y in smooth], axis=0)
-                steps = runs[method][0]["env_steps"][:n]
+                steps = runs[method][0]["env_steps"][:n] / 1000
                 axes.plot(steps, mean, color=f"tab:{colour}", lw=1.8, label=method)
     for axes, title in zip(panels, ("return", "cost", "Lagrange multiplier"), strict=True):
-        axes.set(title=f"{title}, {task}" if title == "return" else title, xlabel="environment steps")
+        axes.set(title=f"{title}, {task}" if title == "return" else title, xlabel="thousand environment steps")
     panels[1].axhline(COST_LIMIT, color="k", ls="--", lw=1)
     panels[2].set_ylim(0, 1.5)
     panels[0].legend(fontsize=8)
