@@ -319,9 +319,9 @@ class RunLogger:
             self.wandb.finish()
 
 
-def read_metrics(path: Path) -> dict[str, np.ndarray]:
+def read_metrics(path: str | Path) -> dict[str, np.ndarray]:
     """metrics.csv as float arrays (rows,), nan where a cell is empty."""
-    rows = list(csv.DictReader(path.read_text().splitlines()))
+    rows = list(csv.DictReader(Path(path).read_text().splitlines()))
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]} if rows else {}
 
 

@@ -393,7 +393,7 @@ def main(args: Args) -> None:
         print(f"first multiplier: least squares {aligned:.3f}, ratio of norms {norm_ratio:.3f}")
         relax = args.lagrange_init == "relax" and kp > 0
         lagrange_init = aligned if relax or args.lagrange_init == "aligned" else norm_ratio
-        excess = min(norm_ratio, args.lagrange_max) - aligned if relax else 0.0
+        excess = max(0.0, min(norm_ratio, args.lagrange_max) - aligned) if relax else 0.0
     controller = PIDLagrangian(
         args.cost_limit * (1 - args.cost_margin), kp, ki, kd, lagrange_init=lagrange_init,
         lagrange_max=args.lagrange_max, published=args.multiplier == "apid-published",

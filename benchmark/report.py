@@ -93,7 +93,7 @@ def picture(task: str, runs: dict[str, list[dict]]) -> None:
                 steps = runs[method][0]["env_steps"][:n] / 1000
                 axes.plot(steps, mean, color=f"tab:{colour}", lw=1.8, label=method)
     for axes, title in zip(panels, ("return", "cost", "Lagrange multiplier"), strict=True):
-        axes.set(title=f"{title}, {task}" if title == "return" else title, xlabel="thousand environment steps")
+        axes.set(title=f"{title}, {task}" if title == "return" else title, xlabel="thousand steps")
     panels[1].axhline(COST_LIMIT, color="k", ls="--", lw=1)
     panels[2].set_ylim(0, 1.5)
     panels[0].legend(fontsize=8)
