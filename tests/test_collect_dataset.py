@@ -33,7 +33,8 @@ def test_collected_file_is_a_dataset_of_whole_episodes_of_the_runs(collected, ba
     assert ends.tolist() == [199, 399, 599]
     played = set()
     for limit in (10, 40):
-        run = common.read_dataset(collected / f"work/{TASK}__seed5/limit{limit}.hdf5", ball_task)
+        file = collected / f"work/{TASK}__seed5/limit{limit}-400steps-utd0.5.hdf5"
+        run = common.read_dataset(file, ball_task)
         _, run_returns, run_costs = common.episode_sums(run)
         played |= set(zip(run_returns.round(3), run_costs, strict=True))
     assert len(played) == 4
@@ -56,13 +57,13 @@ def test_collected_file_says_how_it_was_made(collected):
 def test_second_call_trains_only_what_is_missing_and_gives_the_same_bytes(collected):
     output, work = collected / "made/ball.hdf5", collected / f"work/{TASK}__seed5"
     before = output.read_bytes()
-    trained = [(work / f"limit{limit}.hdf5").stat().st_mtime_ns for limit in (10, 40)]
+    trained = [(work / f"limit{limit}-400steps-utd0.5.hdf5").stat().st_mtime_ns for limit in (10, 40)]
     output.unlink()
-    (work / "limit40.hdf5").unlink()
+    (work / "limit40-400steps-utd0.5.hdf5").unlink()
     status, _, stderr = run_script(SCRIPT, *TINY, cwd=collected)
     assert status == 0, stderr
     assert output.read_bytes() == before
-    again = [(work / f"limit{limit}.hdf5").stat().st_mtime_ns for limit in (10, 40)]
+    again = [(work / f"limit{limit}-400steps-utd0.5.hdf5").stat().st_mtime_ns for limit in (10, 40)]
     assert again[0] == trained[0] and again[1] > trained[1]
     assert sorted(file.name for file in output.parent.iterdir()) == ["ball.hdf5"]
 
@@ -72,7 +73,7 @@ def test_failed_run_is_named_with_its_log_and_nothing_is_made(tmp_path):
     work = "work/SafetyNothing-v0__seed5"
     line = single_line(status, stderr)
     assert "limit 10 failed" in line and work in line
-    assert "no such task" in (tmp_path / work / "limit10.log").read_text()
+    assert "no such task" in (tmp_path / work / "limit10-400steps-utd0.5.log").read_text()
     assert not (tmp_path / "made").exists()
 
 
