@@ -393,7 +393,7 @@ def print_result(run_dir: Path, policies: dict[str, dict], cost_limit: float) ->
               f"{result['mean']['return'].mean():20.1f}{result['mean']['cost'].mean():8.1f}")
     metrics = read_metrics(run_dir / "metrics.csv")
     cost = metrics["episode_cost"]
-    above = np.flatnonzero(np.convolve(cost, np.full(20, 1 / 20))[19 : len(cost)] > cost_limit) + 19
-    when = f"not after step {metrics['env_steps'][above[-1]]:.0f}" if len(above) else "never"
-    print(f"mean cost of the last 20 episodes over the limit of {cost_limit:g}: {when}; "
+    above = np.flatnonzero(np.convolve(cost, np.ones(20))[19 : len(cost)] > 20 * cost_limit) + 19
+    when = f", none after step {metrics['env_steps'][above[-1]]:.0f}" if len(above) else ""
+    print(f"windows of 20 episodes over the limit: {len(above)} of {max(len(cost) - 19, 0)}{when}; "
           f"violation regret {metrics['violation_regret'][-1]:.0f}; files in {run_dir}")
