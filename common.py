@@ -148,6 +148,40 @@ def evaluate(env: gym.Env, policy: Callable, episodes: int, seed: int = 10_000) 
     return result
 
 
+def monte_carlo(env: gym.Env, task: Task, policy: Callable, gamma: float, seed: int, episodes: int = 20,
+                tail: int = 400, every: int = 10) -> dict[str, np.ndarray]:
+    """Discounted returns and costs that follow states and actions of the simulator, to judge Q-functions by.
+
+    Every rollout starts with one to ten uniform actions, then samples the policy. Recorded are the last of
+    those and every `every`-th step after it within the horizon that `tail` steps, half a horizon or the end
+    follow. Critics bootstrap through time limits, so the clock is wound back. Float32, (n, ...), unscaled.
+    """
+    state, rng, horizon = np.random.get_state(), np.random.default_rng(seed), task.max_episode_steps
+    clocks, rows = [env], []
+    while clocks[-1] is not env.unwrapped:
+        clocks.append(clocks[-1].env)
+    for k in range(episodes):
+        obs, steps, prefix = reset_env(env, 20_000 + k), [], int(rng.integers(min(10, horizon // 2)))
+        terminated = truncated = False
+        while not (terminated or truncated) and len(steps) < horizon + tail:
+            for wrapper in clocks:
+                wrapper._elapsed_steps = 0
+            start = len(steps) <= prefix
+            action = rng.uniform(-1, 1, task.act_dim).astype("f4") if start else policy(obs, rng)
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            steps.append((obs, action, reward, info["cost"]))
+            obs = next_obs.astype(np.float32)
+        value = np.zeros(2)
+        for t in reversed(range(prefix, len(steps))):
+            value = np.array(steps[t][2:], float) + gamma * value
+            counts = t < horizon and (terminated or len(steps) - t >= min(tail, horizon // 2))
+            if counts and (t - prefix) % every == 0:
+                rows.append((*steps[t][:2], *value))
+    np.random.set_state(state)
+    columns = [np.array(column, np.float32) for column in zip(*rows, strict=True)]
+    return dict(zip(("observations", "actions", "returns", "costs"), columns, strict=True))
+
+
 # --- Datasets ---
 def find_dataset(task: Task, dataset_path: str | None) -> Path:
     """The dataset's file: --dataset-path, else shipped, else in DSRL's cache, else downloaded into that."""
@@ -267,6 +301,13 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
+def check_checkpoint(path: str, checkpoint: dict, expected: dict[str, Any]) -> None:
+    """Stop with one line at the first field of a checkpoint that is not what the script needs."""
+    for name, value in expected.items():
+        if checkpoint.get(name) != value:
+            stop(f"--checkpoint {path}: {name} is {checkpoint.get(name)}, this run needs {value}")
+
+
 class RunLogger:
     """One run's folder: config.json, metrics.csv, TensorBoard events, and Weights & Biases if asked.
 
@@ -275,7 +316,7 @@ class RunLogger:
     """
 
     def __init__(self, run_dir: str, args: Any, columns: list[str]):
-        self.dir, self.columns = Path(run_dir), columns
+        self.dir = Path(run_dir)
         if (self.dir / "config.json").exists():
             if not args.overwrite:
                 stop(f"--run-dir {run_dir}: holds a run already; --overwrite starts over")
@@ -342,47 +383,6 @@ def plot_curves(run_dir: Path, x: str, panels: dict[str, list[str]], cost_limit:
     part = run_dir / "curves.part.png"
     figure.savefig(part, dpi=110)
     part.replace(run_dir / "curves.png")
-
-
-def check_checkpoint(path: str, checkpoint: dict, expected: dict[str, Any]) -> None:
-    """Stop with one line at the first field of a checkpoint that is not what the script needs."""
-    for name, value in expected.items():
-        if checkpoint.get(name) != value:
-            stop(f"--checkpoint {path}: {name} is {checkpoint.get(name)}, this run needs {value}")
-
-
-def monte_carlo(env: gym.Env, task: Task, policy: Callable, gamma: float, seed: int, episodes: int = 20,
-                tail: int = 400, every: int = 10) -> dict[str, np.ndarray]:
-    """Discounted returns and costs that follow states and actions of the simulator, to judge Q-functions by.
-
-    Every rollout starts with one to ten uniform actions, then samples the policy. Recorded are the last of
-    those and every `every`-th step after it within the horizon that `tail` steps, half a horizon or the end
-    follow. Critics bootstrap through time limits, so the clock is wound back. Float32, (n, ...), unscaled.
-    """
-    state, rng, horizon = np.random.get_state(), np.random.default_rng(seed), task.max_episode_steps
-    clocks, rows = [env], []
-    while clocks[-1] is not env.unwrapped:
-        clocks.append(clocks[-1].env)
-    for k in range(episodes):
-        obs, steps, prefix = reset_env(env, 20_000 + k), [], int(rng.integers(min(10, horizon // 2)))
-        terminated = truncated = False
-        while not (terminated or truncated) and len(steps) < horizon + tail:
-            for wrapper in clocks:
-                wrapper._elapsed_steps = 0
-            start = len(steps) <= prefix
-            action = rng.uniform(-1, 1, task.act_dim).astype("f4") if start else policy(obs, rng)
-            next_obs, reward, terminated, truncated, info = env.step(action)
-            steps.append((obs, action, reward, info["cost"]))
-            obs = next_obs.astype(np.float32)
-        value = np.zeros(2)
-        for t in reversed(range(prefix, len(steps))):
-            value = np.array(steps[t][2:], float) + gamma * value
-            counts = t < horizon and (terminated or len(steps) - t >= min(tail, horizon // 2))
-            if counts and (t - prefix) % every == 0:
-                rows.append((*steps[t][:2], *value))
-    np.random.set_state(state)
-    columns = [np.array(column, np.float32) for column in zip(*rows, strict=True)]
-    return dict(zip(("observations", "actions", "returns", "costs"), columns, strict=True))
 
 
 def print_result(run_dir: Path, policies: dict[str, dict], cost_limit: float) -> None:
