@@ -4,7 +4,8 @@
   python benchmark/evidence.py --methods marvel --tasks SafetyBallRun-v0 --seeds 0 1
 
 A run counts as finished when benchmark/results/<task>/<method>/seed<k>.csv exists: its metrics.csv, copied
-after it ended well. So an interrupted grid continues where it stopped; remove a file to run it again.
+after it ended well. So an interrupted grid continues where it stopped; remove a file to run it again, the
+folder to run all.
 benchmark/report.py turns the files into tables and pictures.
 """
 import os
@@ -53,19 +54,21 @@ class Args:
     """folder of the runs themselves"""
 
 
-def run(task: str, method: str, seed: int, work: Path) -> None:
-    """One run, unless its result is there."""
-    result = RESULTS / task / method / f"seed{seed}.csv"
-    if result.exists():
-        return
-    offline = work / task / "offline" / f"seed{seed}"
+def result_file(task: str, method: str, seed: int) -> Path:
+    """The file whose existence says that a run is finished."""
+    return RESULTS / task / method / f"seed{seed}.csv"
+
+
+def run(task: str, method: str, seed: int, work: Path) -> bool:
+    """One run; False if it failed."""
     run_dir = work / task / method / f"seed{seed}"
     if method.startswith("offline"):
         command = ["offline_pretrain.py", *METHODS.get(method, [])]
     elif method == "from-scratch":
         command = ["marvel_sac_pid.py", *METHODS[method]]
     else:
-        command = ["marvel_sac_pid.py", "--checkpoint", str(offline / "checkpoint.pt"), *METHODS[method]]
+        checkpoint = work / task / "offline" / f"seed{seed}" / "checkpoint.pt"
+        command = ["marvel_sac_pid.py", "--checkpoint", str(checkpoint), *METHODS[method]]
     run_dir.mkdir(parents=True, exist_ok=True)
     command += ["--env-id", task, "--seed", str(seed), "--run-dir", str(run_dir), "--overwrite"]
     one_core = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -74,11 +77,13 @@ def run(task: str, method: str, seed: int, work: Path) -> None:
                                 env=one_core).returncode
     if status:
         print(f"FAILED {task} {method} seed {seed}: see {run_dir / 'log.txt'}", flush=True)
-        return
+        return False
+    result = result_file(task, method, seed)
     result.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(run_dir / "metrics.csv", result.with_suffix(".part"))
     result.with_suffix(".part").replace(result)
     print(f"finished {task} {method} seed {seed}", flush=True)
+    return True
 
 
 def main(args: Args) -> None:
@@ -87,11 +92,17 @@ def main(args: Args) -> None:
         print(f"error: --methods {' '.join(sorted(unknown))}: known are {' '.join(METHODS)}", file=sys.stderr)
         raise SystemExit(2)
     work = Path(args.work_dir).resolve()
+    jobs = [(task, method, seed) for seed in args.seeds for task in args.tasks for method in args.methods]
+    jobs = [job for job in jobs if not result_file(*job).exists()]
+    # first the offline policies that these runs start from, unless their checkpoints are still there
+    alone = "offline", "from-scratch"
+    starts = {(task, seed) for task, method, seed in jobs if not method.startswith(alone)}
+    first = [(task, "offline", seed) for task, seed in sorted(starts)
+             if not (work / task / "offline" / f"seed{seed}" / "checkpoint.pt").exists()]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for task in args.tasks:  # the offline policies first: the others start from them
-            list(pool.map(lambda seed, task=task: run(task, "offline", seed, work), args.seeds))
-        jobs = [(task, method, seed) for seed in args.seeds for task in args.tasks for method in args.methods]
-        list(pool.map(lambda job: run(*job, work), jobs))
+        done = [*pool.map(lambda job: run(*job, work), first)]
+        done += pool.map(lambda job: run(*job, work), jobs)
+    raise SystemExit(0 if all(done) else 1)
 
 
 if __name__ == "__main__":
