@@ -12,7 +12,7 @@ TASK = "SafetyBallRun-v0"
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
-    """run(*methods): the exit status and the (script, folder) of every run in order; `fail` names what fails."""
+    """run(*methods): the exit status and every run's (script, folder), in order; `fail` names what fails."""
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
     fail = set()
 
