@@ -4,9 +4,12 @@ Units: a return or a cost is an undiscounted sum over one episode in the task's 
 says otherwise; actions are in [-1, 1]; a terminal ends the task, a timeout only cuts the episode.
 """
 import csv
+import fcntl
 import importlib
+import io
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,42 +24,38 @@ import h5py
 import numpy as np
 import torch
 
-# The mirror that DSRL's main branch points to; the address inside the published package is dead.
-DSRL_MIRROR = "YYY-45/DSRL"
+DSRL_MIRROR = "YYY-45/DSRL"  # as in DSRL's main branch; the address inside the published package is dead
 SHIPPED_DATASETS = Path(__file__).parent / "datasets"
 DATASET_KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
-def stop(message: str) -> NoReturn:
-    """End the program because of a user's mistake: one line on stderr, exit status 2, no traceback."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def stop(message: str, status: int = 2) -> NoReturn:
+    """End the program with one line on stderr and no traceback; status 2 is a user's mistake."""
+    print("error:", *message.split(), file=sys.stderr)  # also where it quotes a library's many lines
+    raise SystemExit(status)
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, in one short line."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+def need(condition: Any, message: str) -> None:
+    """Stop with the message unless the condition holds."""
+    if not condition:
+        stop(message)
 
 
 def check_options(args: Any) -> None:
-    """Stop at the first option that makes no sense; called before anything is read or written."""
-    positive = "update_steps batch_size eval_every eval_episodes rollout_episodes bear_actions".split()
+    """Stop at the first option that makes no sense."""
+    counts = "update_steps batch_size eval_every checkpoint_every eval_episodes rollout_episodes bear_actions"
     at_most = {"gamma": 0.9999, "tau": 1, "vpa_tau": 1, "cost_margin": 1, "ood_quantile": 1, "adapt_rate": 1,
                "seed": 2**32 - 1}
     for name, value in asdict(args).items():
-        low, high = int(name in positive), at_most.get(name, 1e300)
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            stop(f"--{name.replace('_', '-')} {value}: must be between {low} and {high:.4g}")
-    if getattr(args, "from_scratch", False) and (args.checkpoint or args.dataset_path):
-        stop("--from-scratch takes neither --checkpoint nor --dataset-path")
-    if getattr(args, "vpa_data", None) == "rollouts" and args.learning_starts < 1:
-        stop("--vpa-data rollouts needs --learning-starts of at least 1")
-    if args.cuda and not torch.cuda.is_available():
-        stop("--cuda: torch finds no GPU here")
-    file = Path(getattr(args, "save_dataset", None) or "none")
-    if file.is_dir() or not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
-        stop(f"--save-dataset {file}: must be a file in a folder that exists and can be written to")
+        low, high = int(name in counts.split()), at_most.get(name, 1e300)
+        need(not isinstance(value, (int, float)) or low <= value <= high,
+             f"--{name.replace('_', '-')} {value}: must be between {low} and {high:.4g}")
+    need(not getattr(args, "from_scratch", False) or not (args.checkpoint or args.dataset_path),
+         "--from-scratch takes neither --checkpoint nor --dataset-path")
+    need(getattr(args, "vpa_data", None) != "rollouts" or args.learning_starts > 0,
+         "--vpa-data rollouts needs --learning-starts of at least 1")
+    need(not args.cuda or torch.cuda.is_available(), "--cuda: torch finds no GPU here")
 
 
 # --- Tasks ---
@@ -93,30 +92,25 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
     from dsrl import infos  # also registers safety-gymnasium's tasks
 
     module, _, registered = env_id.rpartition(":")
-    if module:  # Gymnasium's "module:Name-v0": the module registers the task
-        sys.path.append(os.getcwd())
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # it is not there, or fails by itself
-            stop(f"--env-id {env_id}: cannot import {module} from here or PYTHONPATH ({first_line(error)})")
-        if registered not in gym.registry:
-            stop(f"--env-id {env_id}: {module} registers no {registered}")
-    if registered not in gym.registry:
+    if not module and registered not in gym.registry:
         known = [url.rsplit("/", 1)[1].rsplit("-", 2)[0] for url in infos.DATASET_URLS.values()]
         near = get_close_matches(env_id, known, n=3, cutoff=0.4)
         stop(f"--env-id {env_id}: no such task; the nearest names are {', '.join(near) or 'none'}")
     name = env_id.removeprefix("Safety").split("-v")[0].removesuffix("Gymnasium")
     try:
+        if module:  # Gymnasium's "module:Name-v0": the module, here or on PYTHONPATH, registers the task
+            sys.path.append(os.getcwd())
+            importlib.import_module(module)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             spec = deepcopy(gym.spec(registered))
             horizon, spec.max_episode_steps = spec.max_episode_steps, None  # the time limit goes on last
             env = gym.make(spec, disable_env_checker=True)
         for what, space in ("observation", env.observation_space), ("action", env.action_space):
-            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-                stop(f"--env-id {env_id}: its {what} space must be a box of one dimension, not {space}")
-        if not np.isfinite([env.action_space.low, env.action_space.high]).all():
-            stop(f"--env-id {env_id}: its actions must have bounds")
+            need(isinstance(space, gym.spaces.Box) and len(space.shape) == 1,
+                 f"--env-id {env_id}: its {what} space must be a box of one dimension, not {space}")
+        need(np.isfinite([env.action_space.low, env.action_space.high]).all(),
+             f"--env-id {env_id}: its actions must have bounds")
         middle = (env.action_space.low + env.action_space.high) / 2
         reset_env(env, 0)
         if len(env.step(middle)) == 6:
@@ -125,19 +119,17 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
             reset_env(env, 0)
         info = env.step(middle)[4]
     except Exception as error:  # a simulator that is not installed, a constructor with arguments, ...
-        stop(f"--env-id {env_id}: does not run ({type(error).__name__}: {first_line(error)})")
-    if np.asarray(info.get("cost")).dtype.kind not in "fiub" or np.ndim(info["cost"]) > 0:
-        stop(f"--env-id {env_id}: its step() gives no number info['cost'] to keep under a limit")
+        stop(f"--env-id {env_id}: does not run ({type(error).__name__}: {error!s:.100})")
+    need(np.asarray(info.get("cost")).dtype.kind in "fiub" and np.ndim(info["cost"]) == 0,
+         f"--env-id {env_id}: its step() gives no number info['cost'] to keep under a limit")
     horizon = horizon or infos.DEFAULT_MAX_EPISODE_STEPS.get(name)
-    if not horizon:
-        stop(f"--env-id {env_id}: it has no time limit; register it with max_episode_steps")
+    need(horizon, f"--env-id {env_id}: it has no time limit; register it with max_episode_steps")
     env = gym.wrappers.TimeLimit(env, horizon)
-    if not (np.all(env.action_space.low == -1) and np.all(env.action_space.high == 1)):
+    if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
         env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
-    nan, url = float("nan"), infos.DATASET_URLS.get(name)
-    return env, Task(env_id, env.observation_space.shape[0], env.action_space.shape[0], horizon,
-                     infos.MIN_EPISODE_REWARD.get(name, nan), infos.MAX_EPISODE_REWARD.get(name, nan),
-                     url and url.rsplit("/", 1)[1])
+    low, high = (x.get(name, float("nan")) for x in (infos.MIN_EPISODE_REWARD, infos.MAX_EPISODE_REWARD))
+    return env, Task(env_id, *env.observation_space.shape, *env.action_space.shape, horizon, low, high,
+                     infos.DATASET_URLS.get(name, "").rpartition("/")[2] or None)
 
 
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:
@@ -166,9 +158,8 @@ def evaluate(env: gym.Env, policy: Callable, episodes: int, seed: int = 10_000) 
         while not done:
             next_obs, reward, terminated, truncated, info = env.step(policy(obs))
             obs, done = next_obs.astype(np.float32), terminated or truncated
-            result["return"][k] += reward
-            result["cost"][k] += info["cost"]
-            result["length"][k] += 1
+            for key, value in ("return", reward), ("cost", info["cost"]), ("length", 1):
+                result[key][k] += value
     np.random.set_state(state)
     return result
 
@@ -176,18 +167,13 @@ def evaluate(env: gym.Env, policy: Callable, episodes: int, seed: int = 10_000) 
 # --- Datasets ---
 def find_dataset(task: Task, dataset_path: str | None) -> Path:
     """The dataset's file: --dataset-path, else shipped, else in DSRL's cache, else downloaded into that."""
-    if dataset_path:
-        if not Path(dataset_path).is_file():
-            stop(f"--dataset-path {dataset_path}: no such file")
-        return Path(dataset_path)
-    shipped = SHIPPED_DATASETS / f"{task.env_id}.hdf5"
-    if shipped.is_file():
-        return shipped
-    if task.dataset_file is None:
-        stop(f"no dataset of {task.env_id}: benchmark/collect_dataset.py makes one, --dataset-path takes it")
     cache = Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser()
-    if (cache / task.dataset_file).is_file():
-        return cache / task.dataset_file
+    here = SHIPPED_DATASETS / f"{task.env_id}.hdf5", cache / (task.dataset_file or "none")
+    for file in [Path(dataset_path)] if dataset_path else here:
+        if file.is_file():
+            return file
+    need(not dataset_path, f"--dataset-path {dataset_path}: no such file")
+    need(task.dataset_file, f"{task.env_id} has no dataset: make one with benchmark/collect_dataset.py")
     from huggingface_hub import hf_hub_download  # resumes, retries, puts only a whole file in place
 
     print(f"downloading {task.dataset_file} from huggingface.co/datasets/{DSRL_MIRROR} to {cache}")
@@ -206,58 +192,37 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
     """
     try:
         with h5py.File(path, "r") as file:
-            missing = [key for key in DATASET_KEYS if key not in file]
-            if missing:
-                stop(f"{path}: not a DSRL dataset, it lacks {', '.join(missing)}")
-            for key in DATASET_KEYS:
-                if not isinstance(file[key], h5py.Dataset) or file[key].ndim == 0:
-                    stop(f"{path}: {key} is not an array")
-            raw = {key: file[key][()] for key in DATASET_KEYS}
+            arrays = {key: file[key] for key in DATASET_KEYS if isinstance(file.get(key), h5py.Dataset)}
+            missing = [key for key in DATASET_KEYS if key not in arrays or arrays[key].ndim == 0]
+            need(not missing, f"{path}: not a DSRL dataset, it lacks the arrays {', '.join(missing)}")
+            raw = {key: array[()] for key, array in arrays.items()}
             made_for = file.attrs.get("task", task.env_id)
     except OSError as error:
-        stop(f"{path}: not a readable HDF5 file ({first_line(error)})")
-    if made_for != task.env_id:
-        stop(f"{path}: collected from {made_for}, not from {task.env_id}")
+        stop(f"{path}: not a readable HDF5 file ({error!s:.100})")
+    need(made_for == task.env_id, f"{path}: collected from {made_for}, not from {task.env_id}")
     n, data = len(raw["rewards"]), {}
-    state, action = (n, task.obs_dim), (n, task.act_dim)
-    shapes = {"observations": state, "next_observations": state, "actions": action}
-    if n == 0:
-        stop(f"{path}: holds no transition")
+    shapes = dict.fromkeys(DATASET_KEYS[:2], (n, task.obs_dim)) | {"actions": (n, task.act_dim)}
+    need(n > 1, f"{path}: holds {n} transitions, at least two are needed")
     for key, array in raw.items():
-        if array.dtype.kind not in "fiub":
-            stop(f"{path}: {key} holds {array.dtype}, not numbers")
+        need(array.dtype.kind in "fiub", f"{path}: {key} holds {array.dtype}, not numbers")
         shape = shapes.get(key, (n,))
         if shape == (n,) and array.shape == (n, 1):
             array = array[:, 0]
-        if array.shape != shape:
-            stop(f"{path}: {key} has shape {array.shape}, {task.env_id} needs {shape}")
+        need(array.shape == shape, f"{path}: {key} has shape {array.shape}, {task.env_id} needs {shape}")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
             data[key] = torch.from_numpy(np.ascontiguousarray(array, np.float32))
-        if not bool(torch.isfinite(data[key]).all()):
-            row = int((~torch.isfinite(data[key].reshape(n, -1)).all(1)).nonzero()[0])
-            stop(f"{path}: {key} is not finite at transition {row}")
-    for key in ("terminals", "timeouts"):
-        if not bool(((data[key] == 0) | (data[key] == 1)).all()):
-            stop(f"{path}: {key} must be 0 or 1")
-    if not bool((data["terminals"] + data["timeouts"]).any()):
-        stop(f"{path}: no episode ends: terminals and timeouts are all 0")
-    if float(data["actions"].abs().max()) > 1 + 1e-5:
-        stop(f"{path}: actions reach {float(data['actions'].abs().max()):g}, outside [-1, 1]")
-    if float(data["costs"].min()) < 0:
-        stop(f"{path}: costs are negative at transition {int(data['costs'].argmin())}")
+        finite = data[key].isfinite().reshape(n, -1).all(1)
+        need(finite.all(), f"{path}: {key} is not finite at transition {int(finite.int().argmin())}")
+    terminals, timeouts = flags = torch.stack([data["terminals"], data["timeouts"]])
+    need(((flags == 0) | (flags == 1)).all(), f"{path}: terminals and timeouts must be 0 or 1")
+    need(flags.any(), f"{path}: no episode ends: terminals and timeouts are all 0")
+    need(not timeouts.any() or (timeouts > terminals).any(),
+         f"{path}: every time limit is a terminal too; set terminals to 0 where the task itself does not end")
+    largest = float(data["actions"].abs().max())
+    need(largest <= 1 + 1e-5, f"{path}: actions reach {largest:g}, outside [-1, 1]")
+    least = int(data["costs"].argmin())
+    need(data["costs"][least] >= 0, f"{path}: costs are negative at transition {least}: are they rewards?")
     return data
-
-
-def write_dataset(path: Path, data: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
-    """Write a DSRL file, compressed, under a temporary name first; the same data gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with h5py.File(part, "w") as file:
-        for key in DATASET_KEYS:
-            array = np.asarray(data[key], bool if key in ("terminals", "timeouts") else np.float32)
-            file.create_dataset(key, data=array, compression="gzip", compression_opts=9, shuffle=True)
-        file.attrs.update(attributes)
-    part.replace(path)
 
 
 def episode_sums(data: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -268,71 +233,126 @@ def episode_sums(data: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 # --- Run files ---
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write tensors, numbers, strings, lists and dicts under a temporary name, flush, then rename."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write under a temporary name, flush, then rename: what was there stays whole until the new file is."""
     part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        stop(f"{path}: cannot be written ({error.strerror}); what was there is still whole", status=1)
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write tensors, numbers, strings, lists and dicts."""
     packages = {"torch": str(torch.__version__), "numpy": np.__version__, "gymnasium": gym.__version__}
-    with open(part, "wb") as file:
-        torch.save({"version": CHECKPOINT_VERSION, "packages": packages, **checkpoint}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    file = io.BytesIO()
+    torch.save({"version": CHECKPOINT_VERSION, "packages": packages, **checkpoint}, file)
+    write_file(path, file.getvalue())
 
 
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint with torch's weights_only reader, which cannot execute code; stops with one line."""
-    if not Path(path).is_file():
-        stop(f"--checkpoint {path}: no such file; `python offline_pretrain.py` makes one")
+    need(Path(path).is_file(), f"--checkpoint {path}: no such file; `python offline_pretrain.py` makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises many types, with long explanations
         stop(f"--checkpoint {path}: not a readable checkpoint: truncated, none, or with code (never run)")
-    if not isinstance(checkpoint, dict) or checkpoint.get("version") != CHECKPOINT_VERSION:
-        stop(f"--checkpoint {path}: not written by this version of offline_pretrain.py")
+    need(isinstance(checkpoint, dict) and checkpoint.get("version") == CHECKPOINT_VERSION,
+         f"--checkpoint {path}: not written by this version of offline_pretrain.py")
     return checkpoint
 
 
-def check_checkpoint(path: str, checkpoint: dict, expected: dict[str, Any]) -> None:
-    """Stop with one line at the first field of a checkpoint that is not what the script needs."""
-    if "offline_actor" in checkpoint:
-        stop(f"--checkpoint {path}: PEX acts with two policies and the critics, only its own script can")
+def check_checkpoint(path: str | Path, checkpoint: dict, expected: dict, nets=("actor", "q", "qc")) -> None:
+    """Stop with one line at the first field or network of a checkpoint that is not what the script needs."""
+    need("offline_actor" not in checkpoint,
+         f"--checkpoint {path}: PEX acts with two policies and the critics, only its own script can")
     for name, value in expected.items():
-        if checkpoint.get(name) != value:
-            stop(f"--checkpoint {path}: {name} is {checkpoint.get(name)}, this run needs {value}")
+        need(checkpoint.get(name) == value,
+             f"--checkpoint {path}: {name} is {checkpoint.get(name)}, this run needs {value}")
+    for name in nets:
+        finite = [bool(weight.isfinite().all()) for weight in checkpoint.get(name, {}).values()]
+        need(finite and all(finite), f"--checkpoint {path}: {name} is missing or not finite")
 
 
-class RunLogger:
-    """One run's folder: config.json, metrics.csv, TensorBoard events, and Weights & Biases if asked.
+def start(args: Any) -> tuple[Any, dict | None]:
+    """Check the options; with --resume, give that run's and its last checkpoint (None: none yet)."""
+    saved, folder = None, Path(args.resume or "")
+    if args.resume is not None:
+        need(args == type(args)(resume=args.resume),
+             "--resume takes no other option: the run goes on with those that it was started with")
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            args = type(args)(**config | {"run_dir": str(folder), "resume": str(folder)})
+        except (OSError, ValueError, TypeError):
+            stop(f"--resume {folder}: its config.json is missing or not of this script and version")
+        if (folder / "checkpoint.pt").exists():
+            saved = load_checkpoint(folder / "checkpoint.pt")
+            need(saved.get("args") == config, f"--resume {folder}: its files are of different runs")
+        if saved and saved["finished"]:
+            print(f"{folder}: this run is finished")
+            raise SystemExit(0)
+    check_options(args)
+    return args, saved
 
-    `columns` are those of metrics.csv, one line per call of `row`; what a row does not give stays empty.
-    Nothing in it depends on the clock, so the same seed writes the same file.
+
+class Run:
+    """One run's folder: config.json, metrics.csv, checkpoint.pt, TensorBoard events, and W&B if asked.
+
+    `columns` are those of metrics.csv, one line per call of `row`; what a row does not give stays empty. It
+    does not depend on the clock, so the same seed writes the same file, and is cut back to the checkpoint
+    `saved` that `start` gave. A lock keeps other processes out of the folder.
     """
 
-    def __init__(self, run_dir: str, args: Any, columns: list[str]):
-        self.dir = Path(run_dir)
-        if (self.dir / "config.json").exists():
-            if not args.overwrite:
-                stop(f"--run-dir {run_dir}: holds a run already; --overwrite starts over")
-            for old in ("config.json", "metrics.csv", "checkpoint.pt", "curves.png", "events.out.tfevents.*"):
-                for file in self.dir.glob(old):
-                    file.unlink()
-        self.wandb = None
+    def __init__(self, args: Any, name: str, columns: list[str], saved: dict | None = None):
+        run_dir = self.dir = Path(args.run_dir or f"runs/{args.env_id}__{name}__seed{args.seed}")
+        self.every, self.signal = args.checkpoint_every, 0
+        self.step = self.saved_at = saved["step"] if saved else 0  # of all phases; the script counts it up
+        config, self.command = self.dir / "config.json", f"`python {sys.argv[0]} --resume {run_dir}`"
+        need(args.overwrite or args.resume or not config.exists(), f"--run-dir {run_dir}: holds a run: "
+             f"{self.command} goes on with it, --overwrite starts over")
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.dir / "metrics.csv", "a", newline="")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.args = json.loads(config.read_text()) if args.resume else asdict(args)
+            size = saved["metrics_bytes"] if saved else 0
+            need(self.file.tell() >= size, f"--resume {run_dir}: metrics.csv is shorter than it was")
+            self.file.truncate(size)
+            self.csv = csv.DictWriter(self.file, columns, lineterminator="\n")
+            if saved:
+                torch.set_rng_state(saved["torch_rng"])
+                torch.cuda.set_rng_state_all(saved["cuda_rng"])
+            else:
+                for old in ("config.json", "checkpoint.pt", "curves.png", "events.out.tfevents.*"):
+                    for file in self.dir.glob(old):
+                        file.unlink()
+                write_file(config, json.dumps(self.args, indent=2).encode() + b"\n")
+                self.csv.writeheader()
             if args.track:
                 import wandb
-                self.wandb = wandb.init(project=args.wandb_project_name, name=self.dir.name, dir=self.dir,
-                                        config=asdict(args), sync_tensorboard=True, save_code=True)
-            self.file = open(self.dir / "metrics.csv", "w", newline="")
+                wandb.init(project=os.environ.get("WANDB_PROJECT", "marvel"), name=self.dir.name,
+                           dir=self.dir, config=self.args, sync_tensorboard=True, save_code=True)
+        except BlockingIOError:
+            stop(f"--run-dir {run_dir}: another process is writing there")
         except OSError as error:
             stop(f"--run-dir {run_dir}: cannot write there ({error.strerror})")
         except Exception as error:
-            stop(f"--track: Weights & Biases does not start ({first_line(error)}); try WANDB_MODE=offline")
-        (self.dir / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        self.csv = csv.DictWriter(self.file, columns, lineterminator="\n")
-        self.csv.writeheader()
+            stop(f"--track: Weights & Biases does not start ({error!s:.100}); try WANDB_MODE=offline")
         from torch.utils.tensorboard import SummaryWriter
         self.board = SummaryWriter(str(self.dir))
+        self.handlers = {k: signal.signal(k, self.on_signal) for k in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(self, number: int, _frame: Any) -> None:
+        """SIGTERM or Ctrl-C: end the program at the next `checkpoint`; the second time, at once."""
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal = number
+        os.write(2, b"\nends at the next checkpoint; once more ends at once\n")  # print may be under way
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """TensorBoard (and Weights & Biases through it) only."""
@@ -341,52 +361,39 @@ class RunLogger:
 
     def row(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.csv, flushed, and the same numbers to TensorBoard."""
-        self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-        self.file.flush()
-        self.scalars(step, values)
+        self.check_finite(**{k: v for k, v in values.items() if k != "normalized_return"})
+        try:
+            self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+            self.file.flush()
+            self.scalars(step, values)
+        except OSError as error:
+            stop(f"{self.dir}: cannot be written ({error.strerror}); {self.command} goes on", status=1)
+
+    def check_finite(self, **values: Any) -> None:
+        """End the run at a number, an array or a tensor that is not finite, before it is logged or saved."""
+        for name, value in values.items():
+            if not torch.as_tensor(value).isfinite().all():
+                stop(f"{self.dir}: {name} is not finite at step {self.step}; the last good checkpoint is of "
+                     f"step {self.saved_at}", status=1)
+
+    def checkpoint(self, state: Callable[[], dict], last: bool = False) -> None:
+        """Save state() where it is time, a signal has come (which ends the program), or it is the last."""
+        if self.step - self.saved_at >= self.every or self.signal or last:
+            self.file.flush()
+            os.fsync(self.file.fileno())  # never behind the checkpoint
+            save_checkpoint(self.dir / "checkpoint.pt", {
+                **state(), "args": self.args, "step": self.step, "metrics_bytes": self.file.tell(),
+                "finished": last, "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []})
+            self.saved_at = self.step
+        if self.signal and not last:
+            self.close()
+            print(f"\nstopped at step {self.step}: {self.command} goes on with it")
+            raise SystemExit(128 + self.signal)
 
     def close(self) -> None:
         """Flush and close everything."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         self.file.close()
         self.board.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def read_metrics(path: str | Path) -> dict[str, np.ndarray]:
-    """metrics.csv as float arrays (rows,), nan where a cell is empty."""
-    rows = list(csv.DictReader(Path(path).read_text().splitlines()))
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]} if rows else {}
-
-
-def plot_curves(run_dir: Path, x: str, panels: dict[str, list[str]], cost_limit: float) -> None:
-    """curves.png from metrics.csv: a panel per title, its columns as lines, the limit where it says cost."""
-    from matplotlib.figure import Figure  # no pyplot: it needs no display and keeps no global state
-
-    metrics = read_metrics(run_dir / "metrics.csv")
-    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
-    for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for column in columns:
-            seen = ~np.isnan(metrics[column])
-            axes.plot(metrics[x][seen], metrics[column][seen], label=column.replace("_", " "), lw=1)
-        if "cost" in title:
-            axes.axhline(cost_limit, color="k", ls="--", lw=1, label="cost limit")
-        axes.set(title=title, xlabel=x.replace("_", " "))
-        axes.legend(fontsize=7)
-    part = run_dir / "curves.part.png"
-    figure.savefig(part, dpi=110)
-    part.replace(run_dir / "curves.png")
-
-
-def print_result(run_dir: Path, policies: dict[str, dict], cost_limit: float) -> None:
-    """The table at the end of a run."""
-    print(f"\n{'':18s}{'sampled return':>16s}{'cost':>8s}{'mean-action return':>20s}{'cost':>8s}")
-    for name, result in policies.items():
-        print(f"{name:18s}{result['sampled']['return'].mean():16.1f}{result['sampled']['cost'].mean():8.1f}"
-              f"{result['mean']['return'].mean():20.1f}{result['mean']['cost'].mean():8.1f}")
-    metrics = read_metrics(run_dir / "metrics.csv")
-    cost = metrics["episode_cost"]
-    above = np.flatnonzero(np.convolve(cost, np.ones(20))[19 : len(cost)] > 20 * cost_limit) + 19
-    when = f", none after step {metrics['env_steps'][above[-1]]:.0f}" if len(above) else ""
-    print(f"windows of 20 episodes over the limit: {len(above)} of {max(len(cost) - 19, 0)}{when}; "
-          f"violation regret {metrics['violation_regret'][-1]:.0f}; files in {run_dir}")

@@ -3,8 +3,7 @@ import math
 import os
 from collections import deque
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second pool of threads slows both down
@@ -28,13 +27,15 @@ class Args:
     cuda: bool = False
     """train on the GPU"""
     track: bool = False
-    """log to Weights & Biases too"""
-    wandb_project_name: str = "marvel"
-    """project of Weights & Biases"""
+    """log to Weights & Biases too (project: environment variable WANDB_PROJECT, or marvel)"""
     run_dir: str | None = None
     """folder of this run's files; default runs/<task>__marvel_sac_pid__seed<seed>"""
     overwrite: bool = False
     """start over in a folder that holds a run"""
+    resume: str | None = None
+    """folder of a run to go on with, under its own options; takes no other option"""
+    checkpoint_every: int = 2_000
+    """steps (VPA's gradient steps, then environment steps) between saves of all that --resume needs"""
 
     # --- Where it starts ---
     checkpoint: str | None = None
@@ -113,8 +114,6 @@ class Args:
     """environment steps between evaluations"""
     eval_episodes: int = 20
     """episodes of each evaluation, sampled and mean-action"""
-    save_dataset: str | None = None
-    """write every training episode to this file as a DSRL dataset"""
 
 
 class Actor(nn.Module):
@@ -235,9 +234,8 @@ class PIDLagrangian:
                       for k, f, k0 in zip(self.gains, factors, self.first_gains, strict=True)]
 
     def state_dict(self) -> dict:
-        """Everything that changes, as numbers and lists."""
-        numbers = {name: getattr(self, name) for name in ("integral", "error_ema", "cost_ema", "multiplier")}
-        return numbers | {name: list(getattr(self, name)) for name in ("gains", "cost_emas", "costs")}
+        """Everything in it, as numbers and lists."""
+        return {name: list(x) if isinstance(x, deque) else x for name, x in vars(self).items()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what state_dict gave."""
@@ -294,14 +292,13 @@ def aligned_multipliers(obs, actor, q, qc):
     return max(0.0, least_squares.item()), norm_ratio.item()
 
 
-COLUMNS = ["env_steps", "episode", "episode_return", "episode_cost", "normalized_return", "normalized_cost",
-           "cumulative_cost", "violation_regret", "lagrange_multiplier", "kp", "ki", "kd", "q_loss",
-           "qc_loss", "q_mean", "qc_mean", "actor_loss", "alpha", "entropy", "eval_sampled_return",
-           "eval_sampled_cost", "eval_mean_return", "eval_mean_cost"]
+COLUMNS = ("env_steps episode episode_return episode_cost normalized_return normalized_cost cumulative_cost "
+           "violation_regret lagrange_multiplier kp ki kd q_loss qc_loss q_mean qc_mean actor_loss alpha "
+           "entropy eval_sampled_return eval_sampled_cost eval_mean_return eval_mean_cost").split()
 
 
 def main(args: Args) -> None:
-    common.check_options(args)
+    args, saved = common.start(args)
 
     # --- Seeding and task ---
     torch.manual_seed(args.seed)
@@ -321,39 +318,54 @@ def main(args: Args) -> None:
             dataset = common.read_dataset(common.find_dataset(task, args.dataset_path), task)
             dataset["rewards"] *= args.reward_scale
             offline_data = {key: value.to(device) for key, value in dataset.items()}
-        path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
-        offline = common.load_checkpoint(path)
-        common.check_checkpoint(path, offline, needed)
-        actor.load_state_dict(offline["actor"])
-        if args.vpa_critics == "offline":
-            q.load_state_dict(offline["q"])
-            qc.load_state_dict(offline["qc"])
+        if saved is None:
+            path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
+            offline = common.load_checkpoint(path)
+            common.check_checkpoint(path, offline, needed | {"finished": True})
+            actor.load_state_dict(offline["actor"])
+            if args.vpa_critics == "offline":
+                q.load_state_dict(offline["q"])
+                qc.load_state_dict(offline["qc"])
     q_target, qc_target = deepcopy(q).requires_grad_(False), deepcopy(qc).requires_grad_(False)
     critic_params = [*q.parameters(), *qc.parameters()]
     target_params = [*q_target.parameters(), *qc_target.parameters()]
-    actor_params = list(actor.parameters())
     critic_optimizer = torch.optim.Adam(critic_params, args.critic_lr, fused=True)
-    actor_optimizer = torch.optim.Adam(actor_params, args.actor_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
     log_alpha = torch.tensor(math.log(max(args.alpha, 1e-8)), device=device, requires_grad=True)
     alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
+    run = common.Run(args, "marvel_sac_pid", COLUMNS, saved)
 
-    run_dir = Path(args.run_dir or f"runs/{args.env_id}__marvel_sac_pid__seed{args.seed}")
-    logger = common.RunLogger(run_dir, args, COLUMNS)
-
-    def evaluate(episodes):
+    def evaluate():
         policy, eval_rng = actor.numpy_policy(), np.random.default_rng(args.seed)
-        return {"sampled": common.evaluate(eval_env, lambda obs: policy(obs, eval_rng), episodes),
-                "mean": common.evaluate(eval_env, policy, episodes)}
+        played = {"sampled": common.evaluate(eval_env, lambda obs: policy(obs, eval_rng), args.eval_episodes),
+                  "mean": common.evaluate(eval_env, policy, args.eval_episodes)}
+        return {f"eval_{how}_{what}": float(result[what].mean())
+                for how, result in played.items() for what in ("return", "cost")}
+
+    def minimise(name, loss, optimizer):
+        params = optimizer.param_groups[0]["params"]
+        optimizer.zero_grad()
+        loss.backward(inputs=params)  # the actor's loss leaves the critics alone
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        run.check_finite(**{f"{name} loss": loss, f"{name} gradient": norm})
+        optimizer.step()
 
     def update_critics(batch, policy, alpha, alpha_cost, tau):
         targets = soft_targets(batch, policy, q_target, qc_target, args.gamma, alpha, alpha_cost)
         q_loss, qc_loss = critic_loss(batch, q, qc, *targets)
-        critic_optimizer.zero_grad()
-        (q_loss + qc_loss).backward()
-        critic_optimizer.step()
+        minimise("critic", q_loss + qc_loss, critic_optimizer)
         with torch.no_grad():
             torch._foreach_lerp_(target_params, critic_params, tau)
         return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=targets[0].mean(), qc_mean=targets[1].mean())
+
+    # --- Lagrange multiplier ---
+    kp, ki, kd = {"dual": (0.0, args.ki, 0.0), "fixed": (0.0, 0.0, 0.0)}.get(
+        args.multiplier, (args.kp, args.ki, args.kd))
+    controller = PIDLagrangian(
+        args.cost_limit * (1 - args.cost_margin), kp, ki, kd, lagrange_max=args.lagrange_max,
+        lagrange_init=0.0 if isinstance(args.lagrange_init, str) else args.lagrange_init,
+        adapt_rate=args.adapt_rate if args.multiplier.startswith("apid") else 0.0,
+        published=args.multiplier == "apid-published")
 
     # --- Replay buffer ---
     capacity = max(args.total_timesteps, args.learning_starts)
@@ -361,6 +373,7 @@ def main(args: Args) -> None:
     widths = dict(observations=(task.obs_dim,), next_observations=(task.obs_dim,), actions=(task.act_dim,))
     storage = {key: torch.zeros(capacity, *widths.get(key, ()), device=device) for key in common.DATASET_KEYS}
     count = dict(env_steps=0, episode=0, cumulative_cost=0.0, violation_regret=0.0)
+    evaluations, aligned = {}, False
 
     def play_episode(policy):
         """Play one episode, put it into the buffer, and return its row of metrics.csv."""
@@ -371,10 +384,11 @@ def main(args: Args) -> None:
             action = rng.uniform(-1, 1, task.act_dim).astype("f4") if exploring else policy(obs, rng)
             next_obs, reward, terminated, truncated, info = env.step(action)
             next_obs, done, cost = next_obs.astype(np.float32), terminated or truncated, info["cost"]
+            run.check_finite(action=action, observation=next_obs, reward=reward, cost=cost)
             transition = obs, next_obs, action, args.reward_scale * reward, cost, terminated, truncated
             for key, value in zip(common.DATASET_KEYS, transition, strict=True):
                 storage[key][count["env_steps"]] = torch.as_tensor(value)
-            obs, count["env_steps"] = next_obs, count["env_steps"] + 1
+            obs, count["env_steps"], run.step = next_obs, count["env_steps"] + 1, run.step + 1
             episode_return, episode_cost = episode_return + float(reward), episode_cost + float(cost)
         count["episode"] += 1
         count["cumulative_cost"] += episode_cost
@@ -383,41 +397,54 @@ def main(args: Args) -> None:
                             normalized_return=task.normalized_return(episode_return),
                             normalized_cost=common.normalized_cost(episode_cost, args.cost_limit))
 
+    # --- Checkpoint: all but the simulator's state, as every episode starts afresh from a seed ---
+    parts = dict(actor=actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target, multiplier=controller,
+                 critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
+                 alpha_optimizer=alpha_optimizer)
+
+    def state():
+        return needed | {name: part.state_dict() for name, part in parts.items()} | dict(
+            cost_limit=args.cost_limit, log_alpha=log_alpha.detach(), count=count, aligned=aligned,
+            evaluations=evaluations, rng=rng.bit_generator.state,
+            buffer={key: value[:count["env_steps"]].clone() for key, value in storage.items()})
+
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        log_alpha.data.copy_(saved["log_alpha"])
+        for key, value in saved["buffer"].items():
+            storage[key][:len(value)] = value
+        count, aligned, evaluations = saved["count"], saved["aligned"], saved["evaluations"]
+        rng.bit_generator.state = saved["rng"]
+
     # --- Value pre-alignment ---
-    evaluations = {} if args.from_scratch else {"offline policy": evaluate(args.eval_episodes)}
-    if not args.from_scratch and args.vpa_data == "rollouts":
-        while count["env_steps"] < args.learning_starts:
-            row = play_episode(actor.numpy_policy())
-            logger.row(row["env_steps"], row)
-        offline_data = {key: value[:count["env_steps"]] for key, value in storage.items()}
-    if not args.from_scratch and args.vpa_steps > 0:
-        offline_policy = deepcopy(actor).requires_grad_(False)
-        for step in tqdm(range(args.vpa_steps), "VPA", mininterval=1):
-            losses = update_critics(sample(offline_data, args.batch_size), offline_policy,
-                                    args.vpa_alpha, args.vpa_alpha_cost, args.vpa_tau)
+    if not args.from_scratch and not aligned:
+        evaluations["offline policy"] = evaluate()
+        if args.vpa_data == "rollouts":
+            while count["env_steps"] < args.learning_starts:
+                row = play_episode(actor.numpy_policy())
+                run.row(row["env_steps"], row)
+            offline_data = {key: value[:count["env_steps"]] for key, value in storage.items()}
+        for step in tqdm(range(run.step - count["env_steps"], args.vpa_steps), "VPA", mininterval=1):
+            losses = update_critics(sample(offline_data, args.batch_size), actor, args.vpa_alpha,
+                                    args.vpa_alpha_cost, args.vpa_tau)
             if step % 100 == 0:
-                logger.scalars(step, {f"vpa/{name}": value.item() for name, value in losses.items()})
+                run.scalars(step, {f"vpa/{name}": value.item() for name, value in losses.items()})
+            run.step += 1
+            run.checkpoint(state)
 
-    # --- Lagrange multiplier ---
-    kp, ki, kd = {"dual": (0.0, args.ki, 0.0), "fixed": (0.0, 0.0, 0.0)}.get(
-        args.multiplier, (args.kp, args.ki, args.kd))
-    lagrange_init, excess = args.lagrange_init, 0.0
-    if args.from_scratch and isinstance(lagrange_init, str):
-        lagrange_init = 0.0  # there are no critics to align it with yet
-    elif isinstance(lagrange_init, str):
-        aligned, norm_ratio = aligned_multipliers(sample(offline_data, 4096)["observations"], actor, q, qc)
-        print(f"first multiplier: least squares {aligned:.3f}, ratio of norms {norm_ratio:.3f}")
-        relax = args.lagrange_init == "relax" and kp > 0
-        lagrange_init = aligned if relax or args.lagrange_init == "aligned" else norm_ratio
-        excess = max(0.0, min(norm_ratio, args.lagrange_max) - aligned) if relax else 0.0
-    controller = PIDLagrangian(
-        args.cost_limit * (1 - args.cost_margin), kp, ki, kd, lagrange_init=lagrange_init,
-        lagrange_max=args.lagrange_max, published=args.multiplier == "apid-published",
-        adapt_rate=args.adapt_rate if args.multiplier.startswith("apid") else 0.0)
-    controller.error_ema = excess / kp if kp > 0 else 0.0  # P holds the excess and forgets it at its own rate
+        # --- Align the multiplier ---
+        if isinstance(args.lagrange_init, str):
+            low, high = aligned_multipliers(sample(offline_data, 4096)["observations"], actor, q, qc)
+            print(f"first multiplier: least squares {low:.3f}, ratio of norms {high:.3f}")
+            relax = args.lagrange_init == "relax" and kp > 0
+            first = low if relax or args.lagrange_init == "aligned" else high
+            controller.integral = controller.multiplier = min(first, args.lagrange_max)
+            if relax:  # P holds the excess and forgets it at its own rate
+                controller.error_ema = max(0.0, min(high, args.lagrange_max) - low) / kp
+        aligned = True
 
-    evaluated, bar = 0, tqdm(total=args.total_timesteps, desc="online", mininterval=1)
-    bar.update(count["env_steps"])
+    bar = tqdm(total=args.total_timesteps, desc="online", mininterval=1, initial=count["env_steps"])
     while count["env_steps"] < args.total_timesteps:
         # --- Collect full episodes ---
         first, policy = count["env_steps"], actor.numpy_policy()
@@ -425,8 +452,7 @@ def main(args: Args) -> None:
         env_steps = count["env_steps"]
 
         # --- Update the multiplier ---
-        learning = not args.from_scratch or env_steps >= args.learning_starts
-        if learning:
+        if learning := not args.from_scratch or env_steps >= args.learning_starts:
             controller.update(float(np.mean([row["episode_cost"] for row in rows])))
 
         # --- Gradient steps ---
@@ -440,52 +466,31 @@ def main(args: Args) -> None:
 
             # --- Update actor ---
             loss, log_prob = actor_loss(batch["observations"], actor, q, qc, alpha, controller.multiplier)
-            actor_optimizer.zero_grad()
-            loss.backward(inputs=actor_params)  # the critics' own gradients are not wanted here
-            actor_optimizer.step()
+            minimise("actor", loss, actor_optimizer)
 
             # --- Update entropy weight ---
             if args.autotune:
                 alpha_loss = -(log_alpha.exp() * (log_prob - task.act_dim)).mean()
-                alpha_optimizer.zero_grad()
-                alpha_loss.backward()
-                alpha_optimizer.step()
+                minimise("entropy weight", alpha_loss, alpha_optimizer)
             losses |= dict(actor_loss=loss, alpha=alpha, entropy=-log_prob.mean())
 
         # --- Evaluate and log ---
-        if env_steps >= (evaluated + 1) * args.eval_every or env_steps >= args.total_timesteps:
-            evaluated = env_steps // args.eval_every
-            evaluations["after finetuning"] = evaluate(args.eval_episodes)
-            for how, result in evaluations["after finetuning"].items():
-                rows[-1][f"eval_{how}_return"] = result["return"].mean()
-                rows[-1][f"eval_{how}_cost"] = result["cost"].mean()
+        if env_steps // args.eval_every > first // args.eval_every or env_steps >= args.total_timesteps:
+            evaluations["after finetuning"] = evaluate()
+            rows[-1] |= evaluations["after finetuning"]
         rows[-1] |= {name: value.item() for name, value in losses.items()}
         rows[-1] |= dict(zip(("kp", "ki", "kd"), controller.gains, strict=True))
         for row in rows:
-            logger.row(row["env_steps"], row | {"lagrange_multiplier": controller.multiplier})
+            run.row(row["env_steps"], row | {"lagrange_multiplier": controller.multiplier})
         bar.set_postfix({"return": f"{row['episode_return']:.0f}", "cost": f"{row['episode_cost']:.0f}",
                          "lambda": f"{controller.multiplier:.3f}"}, refresh=False)
         bar.update(env_steps - first)
+        run.checkpoint(state)
     bar.close()
 
     # --- Save ---
-    logger.close()
-    common.save_checkpoint(run_dir / "checkpoint.pt", {
-        **needed, "cost_limit": args.cost_limit, "args": asdict(args), "actor": actor.state_dict(),
-        "q": q.state_dict(), "qc": qc.state_dict(), "q_target": q_target.state_dict(),
-        "qc_target": qc_target.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
-        "actor_optimizer": actor_optimizer.state_dict(), "log_alpha": log_alpha.detach(),
-        "multiplier": controller.state_dict()})
-    if count["episode"] > 0:
-        common.plot_curves(run_dir, "env_steps", {
-            "return": ["episode_return", "eval_sampled_return"],
-            "cost": ["episode_cost", "eval_sampled_cost"],
-            "Lagrange multiplier": ["lagrange_multiplier"]}, args.cost_limit)
-        common.print_result(run_dir, evaluations, args.cost_limit)
-    if args.save_dataset and count["episode"] > 0:
-        data = {key: value[:count["env_steps"]].cpu().numpy() for key, value in storage.items()}
-        data["rewards"] = data["rewards"] / args.reward_scale
-        common.write_dataset(Path(args.save_dataset), data, {"task": args.env_id, "seed": args.seed})
+    run.checkpoint(state, last=True)
+    run.close()
     env.close()
     eval_env.close()
 

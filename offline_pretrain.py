@@ -3,8 +3,7 @@ import hashlib
 import math
 import os
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second pool of threads slows both down
@@ -30,13 +29,15 @@ class Args:
     cuda: bool = False
     """train on the GPU"""
     track: bool = False
-    """log to Weights & Biases too"""
-    wandb_project_name: str = "marvel"
-    """project of Weights & Biases"""
+    """log to Weights & Biases too (project: environment variable WANDB_PROJECT, or marvel)"""
     run_dir: str | None = None
     """folder of this run's files; default runs/<task>__offline_pretrain__seed<seed>"""
     overwrite: bool = False
     """start over in a folder that holds a run"""
+    resume: str | None = None
+    """folder of a run to go on with, under its own options; takes no other option"""
+    checkpoint_every: int = 1_000
+    """gradient steps between saves of all that --resume needs"""
 
     # --- Data ---
     dataset_path: str | None = None
@@ -198,6 +199,14 @@ class CriticPID:
         self.integral = max(0.0, self.integral + error)
         self.multiplier = self.kp * max(0.0, error) + self.ki * self.integral + self.kd * rise
 
+    def state_dict(self) -> dict:
+        """Everything in it, as numbers."""
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what state_dict gave."""
+        vars(self).update(state)
+
 
 def sample(data, n):
     """`n` transitions, uniformly with replacement."""
@@ -319,11 +328,10 @@ COLUMNS = {"cpq": [*CRITICS, "safe_share", "imitated_share", "ood_share", "ood_s
            "bear-lag": [*CRITICS, "policy_qc", "lagrange_multiplier", "mmd", "mmd_weight"],
            "bc-safe": ["actor_loss"]}
 EVALUATION = ["eval_sampled_return", "eval_sampled_cost", "eval_mean_return", "eval_mean_cost"]
-PLOTTED = {"cpq": ["q_mean", "qc_mean"], "bear-lag": ["lagrange_multiplier"], "bc-safe": ["actor_loss"]}
 
 
 def main(args: Args) -> None:
-    common.check_options(args)
+    args, saved = common.start(args)
 
     # --- Seeding and task ---
     torch.manual_seed(args.seed)
@@ -339,6 +347,9 @@ def main(args: Args) -> None:
     print(f"{dataset_file.name}: {len(returns)} episodes, {len(dataset['rewards'])} transitions; "
           f"{len(safe_returns)} episodes within the limit, 75th percentile of their return "
           f"{np.quantile(safe_returns, 0.75) if len(safe_returns) else float('nan'):.1f}")
+    needed = dict(env_id=args.env_id, obs_dim=task.obs_dim, act_dim=task.act_dim, hidden=256,
+                  activation="relu", gamma=args.gamma, reward_scale=args.reward_scale,
+                  dataset_sha256=hashlib.sha256(dataset_file.read_bytes()).hexdigest())
     dataset["rewards"] *= args.reward_scale
     if args.algo == "bc-safe":
         if len(safe_returns) == 0:
@@ -364,28 +375,32 @@ def main(args: Args) -> None:
     # discounted sum (limit / T) (1 + gamma + ... + gamma^(T-1)).
     horizon = task.max_episode_steps
     qc_threshold = args.cost_limit / horizon * (1 - args.gamma**horizon) / (1 - args.gamma)
-    run_dir = Path(args.run_dir or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}")
-    logger = common.RunLogger(run_dir, args, ["update_steps", *COLUMNS[args.algo], *EVALUATION])
+    run = common.Run(args, "offline_pretrain", ["update_steps", *COLUMNS[args.algo], *EVALUATION], saved)
 
-    def evaluate(episodes):
+    def evaluate():
         policy, eval_rng = actor.numpy_policy(), np.random.default_rng(args.seed)
-        return {"sampled": common.evaluate(env, lambda obs: policy(obs, eval_rng), episodes),
-                "mean": common.evaluate(env, policy, episodes)}
+        played = {"sampled": common.evaluate(env, lambda obs: policy(obs, eval_rng), args.eval_episodes),
+                  "mean": common.evaluate(env, policy, args.eval_episodes)}
+        return {f"eval_{how}_{what}": float(result[what].mean())
+                for how, result in played.items() for what in ("return", "cost")}
 
-    def minimise(loss, optimizer):
+    def minimise(name, loss, optimizer):
+        params = optimizer.param_groups[0]["params"]
         optimizer.zero_grad()
-        loss.backward(inputs=optimizer.param_groups[0]["params"])  # the actor's loss leaves the critics alone
+        loss.backward(inputs=params)  # the actor's loss leaves the critics alone
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        run.check_finite(**{f"{name} loss": loss, f"{name} gradient": norm})
         optimizer.step()
 
     def update_critics(batch, targets, penalty=0.0):
         q_loss, qc_loss = critic_loss(batch, q, qc, *targets)
-        minimise(q_loss + qc_loss + penalty, critic_optimizer)
+        minimise("critic", q_loss + qc_loss + penalty, critic_optimizer)
         return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=targets[0].mean(), qc_mean=targets[1].mean())
 
     def update_cpq(batch):
         # --- Update VAE ---
         vae_loss, kl = vae.loss(batch["observations"], batch["actions"], args.vae_beta)
-        minimise(vae_loss, vae_optimizer)
+        minimise("VAE", vae_loss, vae_optimizer)
 
         # --- Update critics ---
         targets = cpq_targets(batch, actor, q_target, qc_target, args.gamma, qc_threshold)
@@ -395,14 +410,14 @@ def main(args: Args) -> None:
 
         # --- Update actor ---
         loss, safe_share, imitated_share = actor_loss(batch, actor, q, qc, qc_threshold, args.bc_weight)
-        minimise(loss, actor_optimizer)
+        minimise("actor", loss, actor_optimizer)
         return losses | dict(actor_loss=loss, vae_loss=vae_loss, safe_share=safe_share, ood_share=ood_share,
                              imitated_share=imitated_share, ood_shortfall=shortfall)
 
     def update_bear_lag(batch):
         # --- Update VAE ---
         vae_loss, _ = vae.loss(batch["observations"], batch["actions"], args.vae_beta)
-        minimise(vae_loss, vae_optimizer)
+        minimise("VAE", vae_loss, vae_optimizer)
 
         # --- Update critics ---
         losses = update_critics(batch, bear_targets(batch, actor_target, q_target, qc_target, args.gamma,
@@ -411,11 +426,11 @@ def main(args: Args) -> None:
         # --- Update actor ---
         loss, policy_qc, distance = bear_loss(batch["observations"], actor, vae, q, qc, args.bear_actions,
                                               pid.multiplier, log_mmd_weight.detach().exp())
-        minimise(loss, actor_optimizer)
+        minimise("actor", loss, actor_optimizer)
 
         # --- Update multiplier and MMD weight ---
         pid.update(policy_qc.item() - qc_threshold)
-        minimise(-log_mmd_weight.exp() * (distance - args.mmd_limit), mmd_optimizer)
+        minimise("MMD weight", -log_mmd_weight.exp() * (distance - args.mmd_limit), mmd_optimizer)
         log_mmd_weight.data.clamp_(-5, 10)  # BEAR's range
         multiplier, mmd_weight = torch.tensor(pid.multiplier), log_mmd_weight.exp()
         return losses | dict(actor_loss=loss, vae_loss=vae_loss, policy_qc=policy_qc, mmd=distance,
@@ -423,11 +438,29 @@ def main(args: Args) -> None:
 
     def update_bc_safe(batch):
         loss = -log_likelihood(batch["observations"], batch["actions"], actor).mean()
-        minimise(loss, actor_optimizer)
+        minimise("actor", loss, actor_optimizer)
         return dict(actor_loss=loss)
 
+    # --- Checkpoint ---
+    evaluations = {}
+    parts = dict(actor=actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target, multiplier=pid,
+                 critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
+                 actor_target=actor_target, vae=vae, vae_optimizer=vae_optimizer, mmd_optimizer=mmd_optimizer)
+
+    def state():
+        return needed | {name: part.state_dict() for name, part in parts.items()} | dict(
+            cost_limit=args.cost_limit, dataset=dataset_file.name, log_mmd_weight=log_mmd_weight.detach(),
+            lagrange_multiplier=pid.multiplier if args.algo == "bear-lag" else None, evaluations=evaluations)
+
+    if saved:
+        common.check_checkpoint(f"{run.dir}/checkpoint.pt", saved, needed)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        log_mmd_weight.data.copy_(saved["log_mmd_weight"])
+        evaluations = saved["evaluations"]
+
     update = {"cpq": update_cpq, "bear-lag": update_bear_lag, "bc-safe": update_bc_safe}[args.algo]
-    bar = tqdm(range(1, args.update_steps + 1), "offline", mininterval=1)
+    bar = tqdm(range(run.step + 1, args.update_steps + 1), "offline", mininterval=1)
     for step in bar:
         losses = update(sample(data, args.batch_size))
 
@@ -439,30 +472,17 @@ def main(args: Args) -> None:
         if step % 250 == 0 or step == args.update_steps:
             row = {"update_steps": step} | {name: value.item() for name, value in losses.items()}
             if step % args.eval_every == 0 or step == args.update_steps:
-                result = evaluate(args.eval_episodes)
-                for how in result:
-                    row[f"eval_{how}_return"] = result[how]["return"].mean()
-                    row[f"eval_{how}_cost"] = result[how]["cost"].mean()
+                evaluations["offline policy"] = evaluate()
+                row |= evaluations["offline policy"]
                 bar.set_postfix({"return": f"{row['eval_sampled_return']:.0f}",
                                  "cost": f"{row['eval_sampled_cost']:.0f}"}, refresh=False)
-            logger.row(step, row)
+            run.row(step, row)
+        run.step = step
+        run.checkpoint(state)
 
     # --- Save ---
-    logger.close()
-    common.save_checkpoint(run_dir / "checkpoint.pt", {
-        "env_id": args.env_id, "obs_dim": task.obs_dim, "act_dim": task.act_dim, "hidden": 256,
-        "activation": "relu", "gamma": args.gamma, "reward_scale": args.reward_scale,
-        "cost_limit": args.cost_limit, "args": asdict(args), "dataset": dataset_file.name,
-        "dataset_sha256": hashlib.sha256(dataset_file.read_bytes()).hexdigest(), "actor": actor.state_dict(),
-        "q": q.state_dict(), "qc": qc.state_dict(), "q_target": q_target.state_dict(),
-        "qc_target": qc_target.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
-        "actor_optimizer": actor_optimizer.state_dict(), "vae": vae.state_dict(),
-        "vae_optimizer": vae_optimizer.state_dict(), "log_mmd_weight": log_mmd_weight.detach(),
-        "lagrange_multiplier": pid.multiplier if args.algo == "bear-lag" else None,
-        "evaluation": {how: {name: x.tolist() for name, x in result[how].items()} for how in result}})
-    common.plot_curves(run_dir, "update_steps", {
-        "return": ["eval_sampled_return", "eval_mean_return"],
-        "cost": ["eval_sampled_cost", "eval_mean_cost"], "training": PLOTTED[args.algo]}, args.cost_limit)
+    run.checkpoint(state, last=True)
+    run.close()
     env.close()
 
 

@@ -22,6 +22,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+from benchmark.export_dataset import episodes_of, write_dataset  # noqa: E402
 
 
 @dataclass
@@ -82,14 +83,18 @@ def main(args: Args) -> None:
     def collect(k: int) -> int:
         if files[k].exists():
             return 0
+        run_dir = files[k].with_suffix("")
         command = [sys.executable, str(ROOT / "marvel_sac_pid.py"), "--from-scratch", "--env-id", args.env_id,
                    "--cost-limit", str(args.cost_limits[k]), "--total-timesteps", str(args.timesteps),
                    "--utd", str(args.utd), "--alpha", "0.1", "--cost-margin", "0",
                    "--kp", "0.02", "--ki", "0.002", "--kd", "0.01",
                    "--seed", str(args.seed + k), "--eval-every", str(args.timesteps), "--eval-episodes", "5",
-                   "--run-dir", str(files[k].with_suffix("")), "--overwrite", "--save-dataset", str(files[k])]
-        with open(files[k].with_suffix(".log"), "w") as log:
-            return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+                   "--run-dir", str(run_dir), "--overwrite"]
+        with open(run_dir.with_suffix(".log"), "w") as log:
+            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        if status == 0:
+            write_dataset(files[k], *episodes_of(run_dir / "checkpoint.pt"))
+        return status
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for k, status in enumerate(pool.map(collect, range(len(files)))):
@@ -107,7 +112,7 @@ def main(args: Args) -> None:
     starts = np.concatenate([[0], ends[:-1] + 1])
     rows = np.concatenate([np.arange(starts[k], ends[k] + 1) for k in kept])
     limits = " ".join(f"{limit:g}" for limit in args.cost_limits)
-    common.write_dataset(output, {key: value[rows] for key, value in data.items()}, {
+    write_dataset(output, {key: value[rows] for key, value in data.items()}, {
         "task": args.env_id, "seed": args.seed,
         "command": f"python benchmark/collect_dataset.py --env-id {args.env_id} --cost-limits {limits} "
                    f"--timesteps {args.timesteps} --utd {args.utd:g} --max-episodes {args.max_episodes} "

@@ -56,14 +56,12 @@ def load_policy(args: Args) -> tuple[gym.Env, common.Task, Callable, dict]:
     env, task = common.make_env(env_id)
     common.check_checkpoint(args.checkpoint, checkpoint, {
         "env_id": env_id, "obs_dim": task.obs_dim, "act_dim": task.act_dim, "hidden": 256,
-        "activation": "relu"})
+        "activation": "relu"}, nets=("actor",))
     actor = Actor(task.obs_dim, task.act_dim)
     try:
         actor.load_state_dict(checkpoint["actor"])
     except Exception as error:  # missing, not a dictionary, other names, other shapes
-        common.stop(f"--checkpoint {args.checkpoint}: holds no such policy ({common.first_line(error)})")
-    if not all(bool(parameter.isfinite().all()) for parameter in actor.parameters()):
-        common.stop(f"--checkpoint {args.checkpoint}: the policy's parameters are not finite")
+        common.stop(f"--checkpoint {args.checkpoint}: holds no such policy ({error!s:.100})")
     return env, task, actor.numpy_policy(), checkpoint
 
 
@@ -162,7 +160,7 @@ def main(args: Args) -> None:
             del film_env
             gc.collect()  # Safety-Gymnasium leaves its viewer open, and at exit it could no longer be closed
         except Exception as error:  # no EGL, no display, a renderer with a fault of its own, a full disk
-            common.stop(f"--video {video}: no picture ({type(error).__name__}: {common.first_line(error)}); "
+            common.stop(f"--video {video}: no picture ({type(error).__name__}: {error!s:.100}); "
                         "for MuJoCo, MUJOCO_GL names the way: egl, osmesa or glfw")
         print(f"{video}: mean-action episode {args.seed}, {len(frames)} pictures of {episode['length'][0]} "
               f"steps; return {episode['return'][0]:.1f}, cost {episode['cost'][0]:g}")

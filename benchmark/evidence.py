@@ -125,6 +125,11 @@ def collect(task: str, work: Path) -> bool:
     return True
 
 
+def finished(checkpoint: Path) -> bool:
+    """Whether a run ended and left this checkpoint; that of an interrupted run is nothing to start from."""
+    return checkpoint.exists() and common.load_checkpoint(checkpoint)["finished"]
+
+
 def run(task: str, method: str, seed: int, work: Path) -> bool:
     """One run; False if it failed."""
     script, start, options = METHODS[method]
@@ -133,7 +138,7 @@ def run(task: str, method: str, seed: int, work: Path) -> bool:
     command = [script, "--env-id", task, "--seed", str(seed), "--run-dir", str(run_dir), "--overwrite"]
     if start:
         command += ["--checkpoint", str(work / task / start / f"seed{seed}" / "checkpoint.pt")]
-    if start and not (work / task / start / f"seed{seed}" / "checkpoint.pt").exists():
+    if start and not finished(work / task / start / f"seed{seed}" / "checkpoint.pt"):
         print(f"FAILED {task} {method} seed {seed}: no {start} policy to start from", flush=True)
         return False
     if method == "dual-from-bear-lag":
@@ -165,7 +170,7 @@ def main(args: Args) -> None:
     # first the offline policies that these runs start from, unless their checkpoints are still there
     starts = {(task, METHODS[method][1], seed): None for task, method, seed in jobs if METHODS[method][1]}
     first = [job for job in [*starts, *(job for job in jobs if METHODS[job[1]][0] == OFFLINE)]
-             if not (work / job[0] / job[1] / f"seed{job[2]}" / "checkpoint.pt").exists()
+             if not finished(work / job[0] / job[1] / f"seed{job[2]}" / "checkpoint.pt")
              or not result_file(*job).exists()]
     first = list(dict.fromkeys(first))
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -89,13 +89,13 @@ def read_run(folder: Path) -> tuple[Path, dict, dict]:
     try:
         config = yaml.safe_load(config_file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        common.stop(f"{config_file}: not readable ({common.first_line(error)})")
+        common.stop(f"{config_file}: not readable ({error!s:.100})")
     if not isinstance(config, dict) or not re.fullmatch(r"Offline[\w-]+", str(config.get("task"))):
         common.stop(f"{config_file}: names no task of DSRL (Offline...)")
     try:
         content = torch.load(model, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, something else, or carrying code: torch raises many types
-        common.stop(f"{model}: not a readable checkpoint ({common.first_line(error)})")
+        common.stop(f"{model}: not a readable checkpoint ({error!s:.100})")
     if not isinstance(content, dict) or content.keys() != {"model_state"}:
         common.stop(f"{model}: not written by OSRL, which stores model_state and nothing else")
     state = content["model_state"]
@@ -212,8 +212,8 @@ def main(args: Args) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         common.save_checkpoint(output, {
             "env_id": task.env_id, "obs_dim": task.obs_dim, "act_dim": task.act_dim, "hidden": HIDDEN,
-            "activation": "relu", **units, "cost_limit": config["cost_limit"], "actor": actor.state_dict(),
-            "q": q.state_dict(), "qc": qc.state_dict(), "source": {
+            "activation": "relu", **units, "cost_limit": config["cost_limit"], "finished": True,
+            "actor": actor.state_dict(), "q": q.state_dict(), "qc": qc.state_dict(), "source": {
                 "name": folder.resolve().name, "algorithm": algorithm, "task": config["task"], "std": std,
                 "sha256": hashlib.sha256(model.read_bytes()).hexdigest(), "q": list(layout.q),
                 "qc": list(layout.qc), "dropped": dropped}})

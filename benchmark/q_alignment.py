@@ -38,7 +38,7 @@ from scipy import stats  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from benchmark.evidence import SETTINGS, call  # noqa: E402
+from benchmark.evidence import SETTINGS, call, finished  # noqa: E402
 from marvel_sac_pid import Actor, Critic  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results"
@@ -225,7 +225,7 @@ def compare_run(task: str, seed: int, work: Path, n: int) -> bool:
     """Run VPA unless it is there, compare, and write the CSV file; False if VPA failed."""
     start, end = (work / task / phase / f"seed{seed}" / "checkpoint.pt" for phase in ("offline", "vpa"))
     offline = common.load_checkpoint(start)
-    if not end.exists() or end.stat().st_mtime < start.stat().st_mtime:
+    if not finished(end) or end.stat().st_mtime < start.stat().st_mtime:
         command = ["marvel_sac_pid.py", "--env-id", task, "--seed", str(seed), "--checkpoint", str(start),
                    "--run-dir", str(end.parent), "--overwrite"]
         if offline["args"]["dataset_path"]:

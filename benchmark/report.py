@@ -20,7 +20,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+from benchmark.curves import read_metrics  # noqa: E402
 
 COST_LIMIT = 20.0
 COLOURS = {"from-scratch": "gray", "warm-start": "orange", "jsrl": "purple", "pex": "brown", "so2": "pink",
@@ -96,7 +96,7 @@ def offline_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
     for task, runs in results.items():
         if not set(OFFLINE) <= set(runs) or not (RESULTS / task / "dataset.csv").exists():
             continue
-        data = {name: x[0] for name, x in common.read_metrics(RESULTS / task / "dataset.csv").items()}
+        data = {name: x[0] for name, x in read_metrics(RESULTS / task / "dataset.csv").items()}
         quartiles = f"{data['safe_q25']:.1f}, {data['safe_q50']:.1f}, {data['safe_q75']:.1f}"
         lines.append(f"| {task} | the data's {data['safe_episodes']:.0f} episodes within the limit, quartiles"
                      f" | {quartiles} | {data['safe_mean_cost']:.1f} on average | | |")
@@ -119,7 +119,7 @@ def short_runs_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
             continue
         start, run = runs["offline"][0], runs["marvel"][0]
         worst = rolling_mean(run["episode_cost"], 20)[19:]
-        transitions = common.read_metrics(RESULTS / task / "dataset.csv")["transitions"][0]
+        transitions = read_metrics(RESULTS / task / "dataset.csv")["transitions"][0]
         last = [run[f"eval_{how}_{what}"][-1] for how in ("sampled", "mean") for what in ("return", "cost")]
         numbers = [start["eval_sampled_return"][-1], start["eval_sampled_cost"][-1], run["env_steps"][-1],
                    *last, run["violation_regret"][-1]]
@@ -136,7 +136,7 @@ def stranger_table() -> list[str]:
              "| mean cost of the last 20 episodes | that mean is above the limit until step |",
              "|" + "---|" * 9]
     for file in sorted((RESULTS / "imported").glob("seed*.csv")):
-        run = common.read_metrics(file)
+        run = read_metrics(file)
         rolling = rolling_mean(run["episode_cost"], 20)
         above = np.flatnonzero(rolling > COST_LIMIT)
         last = [run[f"eval_{how}_{what}"][-1] for how in ("sampled", "mean") for what in ("return", "cost")]
@@ -196,7 +196,7 @@ def read_results() -> dict[str, dict[str, list[dict]]]:
     for row in settings:
         files = {name: sorted((RESULTS / row["env_id"] / name).glob("seed*.csv"))
                  for name in row["methods"].split()}
-        results[row["env_id"]] = {name: [common.read_metrics(file) for file in files[name]]
+        results[row["env_id"]] = {name: [read_metrics(file) for file in files[name]]
                                   for name in files if files[name]}
     return {task: runs for task, runs in results.items() if runs}
 

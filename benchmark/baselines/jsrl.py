@@ -8,7 +8,7 @@ import os
 import sys
 from collections import deque
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -34,13 +34,15 @@ class Args:
     cuda: bool = False
     """train on the GPU"""
     track: bool = False
-    """log to Weights & Biases too"""
-    wandb_project_name: str = "marvel"
-    """project of Weights & Biases"""
+    """log to Weights & Biases too (project: environment variable WANDB_PROJECT, or marvel)"""
     run_dir: str | None = None
     """folder of this run's files; default runs/<task>__jsrl__seed<seed>"""
     overwrite: bool = False
     """start over in a folder that holds a run"""
+    resume: str | None = None
+    """folder of a run to go on with, under its own options; takes no other option"""
+    checkpoint_every: int = 2_000
+    """environment steps between saves of all that --resume needs"""
 
     # --- Where it starts ---
     checkpoint: str | None = None
@@ -106,8 +108,6 @@ class Args:
     """environment steps between evaluations"""
     eval_episodes: int = 20
     """episodes of each evaluation, sampled and mean-action"""
-    save_dataset: str | None = None
-    """write every training episode to this file as a DSRL dataset"""
 
 
 class Actor(nn.Module):
@@ -228,9 +228,8 @@ class PIDLagrangian:
                       for k, f, k0 in zip(self.gains, factors, self.first_gains, strict=True)]
 
     def state_dict(self) -> dict:
-        """Everything that changes, as numbers and lists."""
-        numbers = {name: getattr(self, name) for name in ("integral", "error_ema", "cost_ema", "multiplier")}
-        return numbers | {name: list(getattr(self, name)) for name in ("gains", "cost_emas", "costs")}
+        """Everything in it, as numbers and lists."""
+        return {name: list(x) if isinstance(x, deque) else x for name, x in vars(self).items()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what state_dict gave."""
@@ -281,14 +280,13 @@ def guide_steps(env_steps, annealing_steps, horizon):
     return math.ceil(horizon * max(0.0, 1 - env_steps / annealing_steps)) if annealing_steps > 0 else 0
 
 
-COLUMNS = ["env_steps", "episode", "episode_return", "episode_cost", "normalized_return", "normalized_cost",
-           "cumulative_cost", "violation_regret", "lagrange_multiplier", "kp", "ki", "kd", "q_loss",
-           "qc_loss", "q_mean", "qc_mean", "actor_loss", "alpha", "entropy", "eval_sampled_return",
-           "eval_sampled_cost", "eval_mean_return", "eval_mean_cost"]
+COLUMNS = ("env_steps episode episode_return episode_cost normalized_return normalized_cost cumulative_cost "
+           "violation_regret lagrange_multiplier kp ki kd q_loss qc_loss q_mean qc_mean actor_loss alpha "
+           "entropy eval_sampled_return eval_sampled_cost eval_mean_return eval_mean_cost").split()
 
 
 def main(args: Args) -> None:
-    common.check_options(args)
+    args, saved = common.start(args)
     if args.jump_start_share > 1:
         common.stop(f"--jump-start-share {args.jump_start_share}: must be between 0 and 1")
 
@@ -307,36 +305,50 @@ def main(args: Args) -> None:
     q, qc = Critic(2, task.obs_dim, task.act_dim).to(device), Critic(1, task.obs_dim, task.act_dim).to(device)
     path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
     offline = common.load_checkpoint(path)
-    common.check_checkpoint(path, offline, needed)
+    common.check_checkpoint(path, offline, needed | {"finished": True})
     guide = Actor(task.obs_dim, task.act_dim).to(device).requires_grad_(False)
     guide.load_state_dict(offline["actor"])
     guide_policy = guide.numpy_policy()
     q_target, qc_target = deepcopy(q).requires_grad_(False), deepcopy(qc).requires_grad_(False)
     critic_params = [*q.parameters(), *qc.parameters()]
     target_params = [*q_target.parameters(), *qc_target.parameters()]
-    actor_params = list(actor.parameters())
     critic_optimizer = torch.optim.Adam(critic_params, args.critic_lr, fused=True)
-    actor_optimizer = torch.optim.Adam(actor_params, args.actor_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
     log_alpha = torch.tensor(math.log(max(args.alpha, 1e-8)), device=device, requires_grad=True)
     alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
+    run = common.Run(args, "jsrl", COLUMNS, saved)
 
-    run_dir = Path(args.run_dir or f"runs/{args.env_id}__jsrl__seed{args.seed}")
-    logger = common.RunLogger(run_dir, args, COLUMNS)
-
-    def evaluate(actor, episodes):
+    def evaluate(actor):
         policy, eval_rng = actor.numpy_policy(), np.random.default_rng(args.seed)
-        return {"sampled": common.evaluate(eval_env, lambda obs: policy(obs, eval_rng), episodes),
-                "mean": common.evaluate(eval_env, policy, episodes)}
+        played = {"sampled": common.evaluate(eval_env, lambda obs: policy(obs, eval_rng), args.eval_episodes),
+                  "mean": common.evaluate(eval_env, policy, args.eval_episodes)}
+        return {f"eval_{how}_{what}": float(result[what].mean())
+                for how, result in played.items() for what in ("return", "cost")}
+
+    def minimise(name, loss, optimizer):
+        params = optimizer.param_groups[0]["params"]
+        optimizer.zero_grad()
+        loss.backward(inputs=params)  # the actor's loss leaves the critics alone
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        run.check_finite(**{f"{name} loss": loss, f"{name} gradient": norm})
+        optimizer.step()
 
     def update_critics(batch, policy, alpha, alpha_cost, tau):
         targets = soft_targets(batch, policy, q_target, qc_target, args.gamma, alpha, alpha_cost)
         q_loss, qc_loss = critic_loss(batch, q, qc, *targets)
-        critic_optimizer.zero_grad()
-        (q_loss + qc_loss).backward()
-        critic_optimizer.step()
+        minimise("critic", q_loss + qc_loss, critic_optimizer)
         with torch.no_grad():
             torch._foreach_lerp_(target_params, critic_params, tau)
         return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=targets[0].mean(), qc_mean=targets[1].mean())
+
+    # --- Lagrange multiplier ---
+    kp, ki, kd = {"dual": (0.0, args.ki, 0.0), "fixed": (0.0, 0.0, 0.0)}.get(
+        args.multiplier, (args.kp, args.ki, args.kd))
+    controller = PIDLagrangian(
+        args.cost_limit * (1 - args.cost_margin), kp, ki, kd, lagrange_max=args.lagrange_max,
+        lagrange_init=args.lagrange_init,
+        adapt_rate=args.adapt_rate if args.multiplier.startswith("apid") else 0.0,
+        published=args.multiplier == "apid-published")
 
     # --- Replay buffer ---
     # the last block may end after the last step
@@ -344,6 +356,7 @@ def main(args: Args) -> None:
     widths = dict(observations=(task.obs_dim,), next_observations=(task.obs_dim,), actions=(task.act_dim,))
     storage = {key: torch.zeros(capacity, *widths.get(key, ()), device=device) for key in common.DATASET_KEYS}
     count = dict(env_steps=0, episode=0, cumulative_cost=0.0, violation_regret=0.0)
+    evaluations = {}
 
     def play_episode(policy):
         """Play one episode, put it into the buffer, and return its row of metrics.csv."""
@@ -355,10 +368,11 @@ def main(args: Args) -> None:
             action = acting(obs, rng)
             next_obs, reward, terminated, truncated, info = env.step(action)
             next_obs, done, cost = next_obs.astype(np.float32), terminated or truncated, info["cost"]
+            run.check_finite(action=action, observation=next_obs, reward=reward, cost=cost)
             transition = obs, next_obs, action, args.reward_scale * reward, cost, terminated, truncated
             for key, value in zip(common.DATASET_KEYS, transition, strict=True):
                 storage[key][count["env_steps"]] = torch.as_tensor(value)
-            obs, count["env_steps"] = next_obs, count["env_steps"] + 1
+            obs, count["env_steps"], run.step = next_obs, count["env_steps"] + 1, run.step + 1
             episode_return, episode_cost = episode_return + float(reward), episode_cost + float(cost)
         count["episode"] += 1
         count["cumulative_cost"] += episode_cost
@@ -367,17 +381,30 @@ def main(args: Args) -> None:
                             normalized_return=task.normalized_return(episode_return),
                             normalized_cost=common.normalized_cost(episode_cost, args.cost_limit))
 
-    evaluations = {"offline policy": evaluate(guide, args.eval_episodes)}
+    # --- Checkpoint: all but the simulator's state, as every episode starts afresh from a seed ---
+    parts = dict(actor=actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target, multiplier=controller,
+                 critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
+                 alpha_optimizer=alpha_optimizer, guide=guide)
 
-    # --- Lagrange multiplier ---
-    kp, ki, kd = {"dual": (0.0, args.ki, 0.0), "fixed": (0.0, 0.0, 0.0)}.get(
-        args.multiplier, (args.kp, args.ki, args.kd))
-    controller = PIDLagrangian(
-        args.cost_limit * (1 - args.cost_margin), kp, ki, kd, lagrange_init=args.lagrange_init,
-        lagrange_max=args.lagrange_max, published=args.multiplier == "apid-published",
-        adapt_rate=args.adapt_rate if args.multiplier.startswith("apid") else 0.0)
+    def state():
+        return needed | {name: part.state_dict() for name, part in parts.items()} | dict(
+            cost_limit=args.cost_limit, log_alpha=log_alpha.detach(), count=count, evaluations=evaluations,
+            rng=rng.bit_generator.state,
+            buffer={key: value[:count["env_steps"]].clone() for key, value in storage.items()})
 
-    evaluated, bar = 0, tqdm(total=args.total_timesteps, desc="online", mininterval=1)
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        log_alpha.data.copy_(saved["log_alpha"])
+        for key, value in saved["buffer"].items():
+            storage[key][:len(value)] = value
+        count, evaluations = saved["count"], saved["evaluations"]
+        rng.bit_generator.state = saved["rng"]
+
+    if not evaluations:
+        evaluations["offline policy"] = evaluate(guide)
+
+    bar = tqdm(total=args.total_timesteps, desc="online", mininterval=1, initial=count["env_steps"])
     while count["env_steps"] < args.total_timesteps:
         # --- Collect full episodes ---
         first, policy = count["env_steps"], actor.numpy_policy()
@@ -400,52 +427,31 @@ def main(args: Args) -> None:
 
             # --- Update actor ---
             loss, log_prob = actor_loss(batch["observations"], actor, q, qc, alpha, controller.multiplier)
-            actor_optimizer.zero_grad()
-            loss.backward(inputs=actor_params)  # the critics' own gradients are not wanted here
-            actor_optimizer.step()
+            minimise("actor", loss, actor_optimizer)
 
             # --- Update entropy weight ---
             if args.autotune:
                 alpha_loss = -(log_alpha.exp() * (log_prob - task.act_dim)).mean()
-                alpha_optimizer.zero_grad()
-                alpha_loss.backward()
-                alpha_optimizer.step()
+                minimise("entropy weight", alpha_loss, alpha_optimizer)
             losses |= dict(actor_loss=loss, alpha=alpha, entropy=-log_prob.mean())
 
         # --- Evaluate and log ---
-        if env_steps >= (evaluated + 1) * args.eval_every or env_steps >= args.total_timesteps:
-            evaluated = env_steps // args.eval_every
-            evaluations["after finetuning"] = evaluate(actor, args.eval_episodes)
-            for how, result in evaluations["after finetuning"].items():
-                rows[-1][f"eval_{how}_return"] = result["return"].mean()
-                rows[-1][f"eval_{how}_cost"] = result["cost"].mean()
+        if env_steps // args.eval_every > first // args.eval_every or env_steps >= args.total_timesteps:
+            evaluations["after finetuning"] = evaluate(actor)
+            rows[-1] |= evaluations["after finetuning"]
         rows[-1] |= {name: value.item() for name, value in losses.items()}
         rows[-1] |= dict(zip(("kp", "ki", "kd"), controller.gains, strict=True))
         for row in rows:
-            logger.row(row["env_steps"], row | {"lagrange_multiplier": controller.multiplier})
+            run.row(row["env_steps"], row | {"lagrange_multiplier": controller.multiplier})
         bar.set_postfix({"return": f"{row['episode_return']:.0f}", "cost": f"{row['episode_cost']:.0f}",
                          "lambda": f"{controller.multiplier:.3f}"}, refresh=False)
         bar.update(env_steps - first)
+        run.checkpoint(state)
     bar.close()
 
     # --- Save ---
-    logger.close()
-    common.save_checkpoint(run_dir / "checkpoint.pt", {
-        **needed, "cost_limit": args.cost_limit, "args": asdict(args), "actor": actor.state_dict(),
-        "q": q.state_dict(), "qc": qc.state_dict(), "q_target": q_target.state_dict(),
-        "qc_target": qc_target.state_dict(), "critic_optimizer": critic_optimizer.state_dict(),
-        "actor_optimizer": actor_optimizer.state_dict(), "log_alpha": log_alpha.detach(),
-        "multiplier": controller.state_dict()})
-    if count["episode"] > 0:
-        common.plot_curves(run_dir, "env_steps", {
-            "return": ["episode_return", "eval_sampled_return"],
-            "cost": ["episode_cost", "eval_sampled_cost"],
-            "Lagrange multiplier": ["lagrange_multiplier"]}, args.cost_limit)
-        common.print_result(run_dir, evaluations, args.cost_limit)
-    if args.save_dataset and count["episode"] > 0:
-        data = {key: value[:count["env_steps"]].cpu().numpy() for key, value in storage.items()}
-        data["rewards"] = data["rewards"] / args.reward_scale
-        common.write_dataset(Path(args.save_dataset), data, {"task": args.env_id, "seed": args.seed})
+    run.checkpoint(state, last=True)
+    run.close()
     env.close()
     eval_env.close()
 

@@ -1,0 +1,65 @@
+"""Write the training episodes that an online run's checkpoint holds as a DSRL dataset, to train offline on.
+
+  python benchmark/export_dataset.py --checkpoint runs/collect/checkpoint.pt --output point.hdf5
+"""
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+
+
+@dataclass
+class Args:
+    checkpoint: str
+    """what marvel_sac_pid.py or a baseline wrote"""
+    output: str
+    """file to write"""
+
+
+def write_dataset(path: Path, data: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
+    """Write a DSRL file, compressed, under a temporary name first; the same data gives the same bytes.
+
+    data: arrays under common.DATASET_KEYS, as common.read_dataset gives them, with unscaled rewards.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with h5py.File(part, "w") as file:
+        for key in common.DATASET_KEYS:
+            array = np.asarray(data[key], bool if key in ("terminals", "timeouts") else np.float32)
+            file.create_dataset(key, data=array, compression="gzip", compression_opts=9, shuffle=True)
+        file.attrs.update(attributes)
+    part.replace(path)
+
+
+def episodes_of(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The transitions in a checkpoint's replay buffer, rewards unscaled, and their task and seed."""
+    checkpoint = common.load_checkpoint(path)
+    buffer = checkpoint.get("buffer")
+    common.need(buffer and len(buffer["rewards"]), f"--checkpoint {path}: holds no episodes of an online run")
+    data = {key: value.numpy() for key, value in buffer.items()}
+    data["rewards"] = data["rewards"] / checkpoint["reward_scale"]
+    return data, {"task": checkpoint["env_id"], "seed": checkpoint["args"]["seed"]}
+
+
+def main(args: Args) -> None:
+    output = Path(args.output)
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    common.need(not output.is_dir() and os.access(folder, os.W_OK),
+                f"--output {output}: must be a file in a folder that can be written to")
+    data, attributes = episodes_of(args.checkpoint)
+    write_dataset(output, data, attributes)
+    _, returns, costs = common.episode_sums(data)
+    print(f"{output}: {len(returns)} episodes, {len(data['rewards'])} transitions; return {returns.min():.1f} "
+          f"to {returns.max():.1f}, cost {costs.min():g} to {costs.max():g}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
