@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -23,6 +24,7 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import torch
+from tqdm import tqdm
 
 DSRL_MIRROR = "YYY-45/DSRL"  # as in DSRL's main branch; the address inside the published package is dead
 SHIPPED_DATASETS = Path(__file__).parent / "datasets"
@@ -32,7 +34,7 @@ CHECKPOINT_VERSION = 2
 
 def stop(message: str, status: int = 2) -> NoReturn:
     """End the program with one line on stderr and no traceback; status 2 is a user's mistake."""
-    print("error:", *message.split(), file=sys.stderr)  # also where it quotes a library's many lines
+    tqdm.write(" ".join(["error:", *message.split()]), sys.stderr)  # one line, and not behind a progress bar
     raise SystemExit(status)
 
 
@@ -62,7 +64,6 @@ def check_options(args: Any) -> None:
 @dataclass
 class Task:
     """What a script has to know of a task; reference returns and file name are DSRL's, if it has the task."""
-
     env_id: str
     obs_dim: int
     act_dim: int
@@ -85,8 +86,7 @@ def normalized_cost(episode_cost: float, cost_limit: float) -> float:
 def make_env(env_id: str) -> tuple[gym.Env, Task]:
     """The simulator and its description. Stops with one line if the task is unknown or does not fit.
 
-    Actions are rescaled to [-1, 1] if the task's box is another one. The first reset is thrown away: in
-    bullet's Car and Drone tasks it differs from all later ones with the same seed.
+    Actions are rescaled to [-1, 1]. The first reset is thrown away, as bullet's Car and Drone differ in it.
     """
     import bullet_safety_gym  # noqa: F401  (registers the tasks)
     from dsrl import infos  # also registers safety-gymnasium's tasks
@@ -143,7 +143,7 @@ def reset_env(env: gym.Env, seed: int) -> np.ndarray:
         np.random.seed(seed % 2**32)
         env.unwrapped.reset()
     np.random.seed(seed % 2**32)
-    return env.reset(seed=seed)[0].astype(np.float32)
+    return env.reset(seed=int(seed))[0].astype(np.float32)
 
 
 def evaluate(env: gym.Env, policy: Callable, episodes: int, seed: int = 10_000) -> dict[str, np.ndarray]:
@@ -303,16 +303,16 @@ def start(args: Any) -> tuple[Any, dict | None]:
 class Run:
     """One run's folder: config.json, metrics.csv, checkpoint.pt, TensorBoard events, and W&B if asked.
 
-    `columns` are those of metrics.csv, one line per call of `row`; what a row does not give stays empty. It
-    does not depend on the clock, so the same seed writes the same file, and is cut back to the checkpoint
-    `saved` that `start` gave. A lock keeps other processes out of the folder.
+    `columns` are those of metrics.csv, which depends on no clock and is cut back to the checkpoint `saved` if
+    `start` gave one. A lock keeps other processes out of the folder.
     """
 
     def __init__(self, args: Any, name: str, columns: list[str], saved: dict | None = None):
         run_dir = self.dir = Path(args.run_dir or f"runs/{args.env_id}__{name}__seed{args.seed}")
         self.every, self.signal = args.checkpoint_every, 0
         self.step = self.saved_at = saved["step"] if saved else 0  # of all phases; the script counts it up
-        config, self.command = self.dir / "config.json", f"`python {sys.argv[0]} --resume {run_dir}`"
+        self.command = f"`{shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}`"
+        config = self.dir / "config.json"
         need(args.overwrite or args.resume or not config.exists(), f"--run-dir {run_dir}: holds a run: "
              f"{self.command} goes on with it, --overwrite starts over")
         try:
@@ -324,6 +324,7 @@ class Run:
             need(self.file.tell() >= size, f"--resume {run_dir}: metrics.csv is shorter than it was")
             self.file.truncate(size)
             self.csv = csv.DictWriter(self.file, columns, lineterminator="\n")
+            self.handlers = {k: signal.signal(k, self.on_signal) for k in (signal.SIGINT, signal.SIGTERM)}
             if saved:
                 torch.set_rng_state(saved["torch_rng"])
                 torch.cuda.set_rng_state_all(saved["cuda_rng"])
@@ -345,7 +346,6 @@ class Run:
             stop(f"--track: Weights & Biases does not start ({error!s:.100}); try WANDB_MODE=offline")
         from torch.utils.tensorboard import SummaryWriter
         self.board = SummaryWriter(str(self.dir))
-        self.handlers = {k: signal.signal(k, self.on_signal) for k in (signal.SIGINT, signal.SIGTERM)}
 
     def on_signal(self, number: int, _frame: Any) -> None:
         """SIGTERM or Ctrl-C: end the program at the next `checkpoint`; the second time, at once."""
@@ -388,7 +388,7 @@ class Run:
             self.saved_at = self.step
         if self.signal and not last:
             self.close()
-            print(f"\nstopped at step {self.step}: {self.command} goes on with it")
+            tqdm.write(f"stopped at step {self.step}: {self.command} goes on with it")
             raise SystemExit(128 + self.signal)
 
     def close(self) -> None:

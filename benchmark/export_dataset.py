@@ -57,8 +57,8 @@ def main(args: Args) -> None:
     data, attributes = episodes_of(args.checkpoint)
     write_dataset(output, data, attributes)
     _, returns, costs = common.episode_sums(data)
-    print(f"{output}: {len(returns)} episodes, {len(data['rewards'])} transitions; return {returns.min():.1f} "
-          f"to {returns.max():.1f}, cost {costs.min():g} to {costs.max():g}")
+    print(f"{output}: {len(returns)} episodes, {len(data['rewards'])} transitions; "
+          f"return {returns.min():.1f} to {returns.max():.1f}, cost {costs.min():g} to {costs.max():g}")
 
 
 if __name__ == "__main__":

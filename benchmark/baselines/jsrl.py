@@ -360,15 +360,16 @@ def main(args: Args) -> None:
 
     def play_episode(policy):
         """Play one episode, put it into the buffer, and return its row of metrics.csv."""
-        obs, done = common.reset_env(env, int(rng.integers(2**31))), False
+        obs, done = common.reset_env(env, rng.integers(2**31)), False
         episode_return, episode_cost, first = 0.0, 0.0, count["env_steps"]
         guided = guide_steps(first, args.jump_start_share * args.total_timesteps, task.max_episode_steps)
         while not done:
             acting = guide_policy if count["env_steps"] - first < guided else policy
             action = acting(obs, rng)
+            run.check_finite(action=action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             next_obs, done, cost = next_obs.astype(np.float32), terminated or truncated, info["cost"]
-            run.check_finite(action=action, observation=next_obs, reward=reward, cost=cost)
+            run.check_finite(observation=next_obs, reward=reward, cost=cost)
             transition = obs, next_obs, action, args.reward_scale * reward, cost, terminated, truncated
             for key, value in zip(common.DATASET_KEYS, transition, strict=True):
                 storage[key][count["env_steps"]] = torch.as_tensor(value)
