@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -47,10 +48,9 @@ def need(condition: Any, message: str) -> None:
 def check_options(args: Any) -> None:
     """Stop at the first option that makes no sense."""
     counts = "update_steps batch_size eval_every checkpoint_every eval_episodes rollout_episodes bear_actions"
-    at_most = {"gamma": 0.9999, "tau": 1, "vpa_tau": 1, "cost_margin": 1, "ood_quantile": 1, "adapt_rate": 1,
-               "seed": 2**32 - 1}
+    most = dict(gamma=0.9999, tau=1, vpa_tau=1, cost_margin=1, ood_quantile=1, adapt_rate=1, seed=2**32 - 1)
     for name, value in asdict(args).items():
-        low, high = int(name in counts.split()), at_most.get(name, 1e300)
+        low, high = int(name in counts.split()), most.get(name, 1e300)
         need(not isinstance(value, (int, float)) or low <= value <= high,
              f"--{name.replace('_', '-')} {value}: must be between {low} and {high:.4g}")
     need(not getattr(args, "from_scratch", False) or not (args.checkpoint or args.dataset_path),
@@ -116,7 +116,6 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
         if len(env.step(middle)) == 6:
             from safety_gymnasium.wrappers import SafetyGymnasium2Gymnasium
             env = SafetyGymnasium2Gymnasium(env)  # Safety-Gymnasium's own step returns the cost by itself
-            reset_env(env, 0)
         info = env.step(middle)[4]
     except Exception as error:  # a simulator that is not installed, a constructor with arguments, ...
         stop(f"--env-id {env_id}: does not run ({type(error).__name__}: {error!s:.100})")
@@ -206,8 +205,7 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
     for key, array in raw.items():
         need(array.dtype.kind in "fiub", f"{path}: {key} holds {array.dtype}, not numbers")
         shape = shapes.get(key, (n,))
-        if shape == (n,) and array.shape == (n, 1):
-            array = array[:, 0]
+        array = array[:, 0] if (shape, array.shape) == ((n,), (n, 1)) else array
         need(array.shape == shape, f"{path}: {key} has shape {array.shape}, {task.env_id} needs {shape}")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
             data[key] = torch.from_numpy(np.ascontiguousarray(array, np.float32))
@@ -217,7 +215,7 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
     need(((flags == 0) | (flags == 1)).all(), f"{path}: terminals and timeouts must be 0 or 1")
     need(flags.any(), f"{path}: no episode ends: terminals and timeouts are all 0")
     need(not timeouts.any() or (timeouts > terminals).any(),
-         f"{path}: every time limit is a terminal too; set terminals to 0 where the task itself does not end")
+         f"{path}: every time limit is a terminal too; only one may be 1, terminals if the task itself ends")
     largest = float(data["actions"].abs().max())
     need(largest <= 1 + 1e-5, f"{path}: actions reach {largest:g}, outside [-1, 1]")
     least = int(data["costs"].argmin())
@@ -259,11 +257,12 @@ def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint with torch's weights_only reader, which cannot execute code; stops with one line."""
     need(Path(path).is_file(), f"--checkpoint {path}: no such file; `python offline_pretrain.py` makes one")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = zipfile.ZipFile(path).testzip()  # torch does not compare the checksums that it writes
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises many types, with long explanations
         stop(f"--checkpoint {path}: not a readable checkpoint: truncated, none, or with code (never run)")
     need(isinstance(checkpoint, dict) and checkpoint.get("version") == CHECKPOINT_VERSION,
-         f"--checkpoint {path}: not written by this version of offline_pretrain.py")
+         f"--checkpoint {path}: damaged, or not written by this version of offline_pretrain.py")
     return checkpoint
 
 
@@ -275,8 +274,9 @@ def check_checkpoint(path: str | Path, checkpoint: dict, expected: dict, nets=("
         need(checkpoint.get(name) == value,
              f"--checkpoint {path}: {name} is {checkpoint.get(name)}, this run needs {value}")
     for name in nets:
-        finite = [bool(weight.isfinite().all()) for weight in checkpoint.get(name, {}).values()]
-        need(finite and all(finite), f"--checkpoint {path}: {name} is missing or not finite")
+        weights = list(checkpoint[name].values()) if isinstance(checkpoint.get(name), dict) else []
+        need(weights and all(torch.is_tensor(x) and x.isfinite().all() for x in weights),
+             f"--checkpoint {path}: {name} is missing or not finite")
 
 
 def start(args: Any) -> tuple[Any, dict | None]:

@@ -45,11 +45,17 @@ def read_metrics(path: str | Path) -> dict[str, np.ndarray]:
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]} if rows else {}
 
 
+def panels_of(metrics: dict[str, np.ndarray]) -> tuple[str, dict[str, list[str]]]:
+    """Column of the x-axis and the panels that these metrics can fill, none if they are not a run's."""
+    x = next((name for name in PANELS if name in metrics), "")
+    known = PANELS.get(x, {}).items()
+    panels = {title: [name for name in columns if name in metrics] for title, columns in known}
+    return x, {title: columns for title, columns in panels.items() if columns}
+
+
 def plot_curves(run_dir: Path, metrics: dict[str, np.ndarray], cost_limit: float) -> None:
     """curves.png: a panel per title, its columns as lines, the limit where it says cost."""
-    x = next(name for name in PANELS if name in metrics)
-    panels = {title: [name for name in columns if name in metrics] for title, columns in PANELS[x].items()}
-    panels = {title: columns for title, columns in panels.items() if columns}
+    x, panels = panels_of(metrics)
     figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
     for axes, (title, columns) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for column in columns:
@@ -86,6 +92,7 @@ def main(args: Args) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         common.stop(f"--run-dir {run_dir}: holds no run (config.json and metrics.csv)")
     common.need(metrics, f"--run-dir {run_dir}: nothing is logged there yet")
+    common.need(panels_of(metrics)[1], f"--run-dir {run_dir}: its metrics.csv is not a run's")
     if (run_dir / "checkpoint.pt").exists():
         checkpoint = common.load_checkpoint(run_dir / "checkpoint.pt")
         state = "finished" if checkpoint["finished"] else "unfinished"

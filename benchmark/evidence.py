@@ -127,7 +127,10 @@ def collect(task: str, work: Path) -> bool:
 
 def finished(checkpoint: Path) -> bool:
     """Whether a run ended and left this checkpoint; that of an interrupted run is nothing to start from."""
-    return checkpoint.exists() and common.load_checkpoint(checkpoint)["finished"]
+    try:
+        return checkpoint.exists() and common.load_checkpoint(checkpoint)["finished"]
+    except SystemExit:  # of an older version
+        return False
 
 
 def run(task: str, method: str, seed: int, work: Path) -> bool:

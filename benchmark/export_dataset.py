@@ -46,13 +46,14 @@ def episodes_of(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
     common.need(buffer and len(buffer["rewards"]), f"--checkpoint {path}: holds no episodes of an online run")
     data = {key: value.numpy() for key, value in buffer.items()}
     data["rewards"] = data["rewards"] / checkpoint["reward_scale"]
+    data["timeouts"] = data["timeouts"] * (1 - data["terminals"])  # where both come at once, the task has ended
     return data, {"task": checkpoint["env_id"], "seed": checkpoint["args"]["seed"]}
 
 
 def main(args: Args) -> None:
     output = Path(args.output)
     folder = next(parent for parent in output.absolute().parents if parent.exists())
-    common.need(not output.is_dir() and os.access(folder, os.W_OK),
+    common.need(folder.is_dir() and not output.is_dir() and os.access(folder, os.W_OK),
                 f"--output {output}: must be a file in a folder that can be written to")
     data, attributes = episodes_of(args.checkpoint)
     write_dataset(output, data, attributes)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -62,10 +63,10 @@ def ball_data():
 @pytest.fixture(scope="session")
 def ball_file(ball_data, tmp_path_factory):
     """The same as a file."""
-    import common
+    from benchmark.export_dataset import write_dataset
 
     path = tmp_path_factory.mktemp("data") / "ball.hdf5"
-    common.write_dataset(path, ball_data, {"task": TASK})
+    write_dataset(path, ball_data, {"task": TASK})
     return path
 
 
@@ -76,6 +77,15 @@ def ball_task():
     env, task = common.make_env(TASK)
     env.close()
     return task
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run that a test cuts short leaves its handlers, which Ctrl-C and the next run's lock would feel."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -106,6 +116,16 @@ def run_script(script, *options, cwd, env=None):
         [sys.executable, str(ROOT / script), *map(str, options)], cwd=cwd, capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=300)
     return run.returncode, run.stdout, run.stderr
+
+
+def played(run_dir, task):
+    """The training episodes in a run's checkpoint, exported to a file beside the folder and read from it."""
+    import common
+    from benchmark import export_dataset
+
+    file = Path(f"{run_dir}.hdf5")
+    export_dataset.main(export_dataset.Args(checkpoint=f"{run_dir}/checkpoint.pt", output=str(file)))
+    return common.read_dataset(file, task)
 
 
 def command_line(options):

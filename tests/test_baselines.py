@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import TASK, TINY_MARVEL, TINY_OFFLINE, command_line, parameters, run_script, same
+from conftest import TASK, TINY_MARVEL, TINY_OFFLINE, command_line, parameters, played, run_script, same
 from scipy.stats import norm
 
 import common
 import offline_pretrain
+from benchmark import curves
 from benchmark.baselines import jsrl, pex, so2
+from benchmark.curves import read_metrics
 
 BASELINES = {"jsrl": jsrl, "pex": pex, "so2": so2}
 TINY = {key: value for key, value in TINY_MARVEL.items() if not key.startswith("vpa")}
@@ -51,8 +53,8 @@ def episodes(tmp_path, ball_task, finetune, monkeypatch):
         nothing = np.zeros(1)
         monkeypatch.setattr(common, "evaluate",
                             lambda *_: {"return": nothing, "cost": nothing, "length": nothing})
-        finetune(name, save_dataset=str(tmp_path / "played.hdf5"), **options)
-        return common.read_dataset(tmp_path / "played.hdf5", ball_task)
+        finetune(name, **options)
+        return played(tmp_path / "run", ball_task)
 
     return run
 
@@ -122,7 +124,7 @@ def test_run_leaves_its_files_and_the_seed_fixes_every_number(tmp_path, finetune
     again, other = finetune(name, "again"), finetune(name, "other", seed=1)
     files = {file.name for file in (tmp_path / "first").iterdir()}
     events = {file for file in files if file.startswith("events.out.tfevents.")}
-    assert files - events == {"config.json", "metrics.csv", "checkpoint.pt", "curves.png"}
+    assert files - events == {"config.json", "metrics.csv", "checkpoint.pt"}
     assert len(events) == 1
     assert json.loads((tmp_path / "first/config.json").read_text())["total_timesteps"] == 400
     texts = [(tmp_path / folder / "metrics.csv").read_bytes() for folder in ("first", "again", "other")]
@@ -142,29 +144,38 @@ def test_run_leaves_its_files_and_the_seed_fixes_every_number(tmp_path, finetune
 
 
 @every_baseline
-def test_baseline_runs_from_the_command_line_with_its_own_default_folder(tmp_path, ball_file, offline, name):
+def test_baseline_runs_from_the_command_line_with_its_own_default_folder(
+        tmp_path, monkeypatch, capsys, ball_file, offline, name):
     options = {**TINY, **TINY_OWN[name], "total_timesteps": 200, "checkpoint": offline}
     options |= {} if name == "jsrl" else {"dataset_path": ball_file}
-    status, stdout, stderr = run_script(
+    status, _, stderr = run_script(
         f"benchmark/baselines/{name}.py", *command_line(options), cwd=tmp_path)
     assert status == 0, stderr
     assert "Traceback" not in stderr and "Warning" not in stderr
-    assert "offline policy" in stdout and "after finetuning" in stdout
-    assert (tmp_path / f"runs/{TASK}__{name}__seed0/checkpoint.pt").is_file()
+    run_dir = f"runs/{TASK}__{name}__seed0"
+    assert (tmp_path / run_dir / "checkpoint.pt").is_file()
     assert {file.name for file in tmp_path.iterdir()} == {"runs"}
+    monkeypatch.chdir(tmp_path)
+    curves.main(curves.Args(run_dir))
+    stdout = capsys.readouterr().out
+    assert f"{run_dir}: finished, 200 steps" in stdout
+    assert "offline policy" in stdout and "after finetuning" in stdout and "violation regret" in stdout
+    assert (tmp_path / run_dir / "curves.png").stat().st_size > 0
 
 
 @every_baseline
 def test_wrong_checkpoint_is_refused_in_one_line(tmp_path, ball_file, offline, refusal, name):
     source = {} if name == "jsrl" else {"dataset_path": ball_file}
     (tmp_path / "text.pt").write_text("no checkpoint")
+    common.save_checkpoint(tmp_path / "begun.pt", common.load_checkpoint(offline) | {"finished": False})
     for options, words in [({"checkpoint": tmp_path / "text.pt"}, "not a readable checkpoint"),
                            ({"checkpoint": tmp_path / "none.pt"}, "no such file"),
+                           ({"checkpoint": tmp_path / "begun.pt"}, "finished is False"),
                            ({"checkpoint": offline, "gamma": 0.95}, "gamma is 0.99, this run needs 0.95")]:
         options = {**TINY, **source, **options, "run_dir": tmp_path / "x"}
         args = tyro.cli(BASELINES[name].Args, args=command_line(options))
         assert words in refusal(BASELINES[name].main, args)
-    assert [file.name for file in tmp_path.iterdir()] == ["text.pt"]
+    assert {file.name for file in tmp_path.iterdir()} == {"text.pt", "begun.pt"}
 
 
 @pytest.mark.parametrize(("name", "option", "value"), [
@@ -197,7 +208,7 @@ def test_every_batch_is_half_dataset_and_half_replay(episodes, monkeypatch, ball
         return loss(batch, *networks)
 
     monkeypatch.setattr(script, "critic_loss", spy)
-    played = episodes(name, total_timesteps=200, batch_size=9, reward_scale=0.1)
+    replay = episodes(name, total_timesteps=200, batch_size=9, reward_scale=0.1)
 
     def rows(data, part=slice(None)):
         return {(o.tobytes(), a.tobytes()) for o, a in
@@ -205,7 +216,7 @@ def test_every_batch_is_half_dataset_and_half_replay(episodes, monkeypatch, ball
 
     assert len(batches) == 50 * (3 if name == "so2" else 1)
     assert {len(batch["rewards"]) for batch in batches} == {9}
-    old, new = rows(ball_data), rows(played)
+    old, new = rows(ball_data), rows(replay)
     assert not old & new
     assert all(rows(batch, slice(4)) <= old and rows(batch, slice(4, None)) <= new for batch in batches)
     scale = {float(r) for r in 0.1 * torch.tensor(ball_data["rewards"])}
@@ -224,13 +235,12 @@ def test_guide_acts_first_and_shorter_and_only_the_learning_policy_is_evaluated(
         finetune, monkeypatch, offline, tmp_path, ball_task):
     act_as(monkeypatch, jsrl, offline, frozen=0.25, learning=-0.5)
     evaluated = evaluated_actions(monkeypatch)
-    finetune("jsrl", total_timesteps=1200, eval_every=200, jump_start_share=0.75, utd=0.0,
-             save_dataset=str(tmp_path / "played.hdf5"))
-    data = common.read_dataset(tmp_path / "played.hdf5", ball_task)
+    finetune("jsrl", total_timesteps=1200, eval_every=200, jump_start_share=0.75, utd=0.0)
+    data = played(tmp_path / "run", ball_task)
     actions = data["actions"][:, 0].reshape(6, 200)
     # episodes begin at steps 0, 200, ...; the guide's part ends at step 900: h = 200 (1 - step / 900)
-    for played, h in zip(actions, [200, 156, 112, 67, 23, 0], strict=True):
-        assert played.tolist() == [0.25] * h + [-0.5] * (200 - h)
+    for episode, h in zip(actions, [200, 156, 112, 67, 23, 0], strict=True):
+        assert episode.tolist() == [0.25] * h + [-0.5] * (200 - h)
     assert evaluated == [0.25, 0.25] + [-0.5, -0.5] * 6  # the offline policy's own row, then every evaluation
 
 
@@ -351,8 +361,8 @@ def test_chosen_policy_is_the_one_that_plays_and_is_evaluated(
     evaluated = evaluated_actions(monkeypatch)
     monkeypatch.setattr(pex, "choice_probabilities",
                         lambda q, *_: torch.eye(2)[winner].reshape(2, *[1] * (q.ndim - 1)).expand_as(q))
-    finetune("pex", total_timesteps=200, save_dataset=str(tmp_path / "played.hdf5"))
-    data = common.read_dataset(tmp_path / "played.hdf5", ball_task)
+    finetune("pex", total_timesteps=200)
+    data = played(tmp_path / "run", ball_task)
     assert set(data["actions"].flatten().tolist()) == {action}
     assert evaluated == [0.25, 0.25, action, action]
 
@@ -378,7 +388,7 @@ def test_choice_and_targets_use_the_multiplier_of_their_block(episodes, monkeypa
     monkeypatch.setattr(pex, "composed_targets", spy_targets)
     monkeypatch.setattr(pex, "composed_policy", spy_policy)
     episodes("pex", total_timesteps=400, eval_every=10**9, temperature=0.2, lagrange_init=0.5)
-    logged = common.read_metrics(tmp_path / "run/metrics.csv")["lagrange_multiplier"]
+    logged = read_metrics(tmp_path / "run/metrics.csv")["lagrange_multiplier"]
     assert {temperature for calls in given.values() for _, temperature in calls} == {0.2}
     blocks = [multiplier for multiplier, _ in groupby(multiplier for multiplier, _ in given["targets"])]
     np.testing.assert_allclose(blocks, logged, rtol=1e-5)

@@ -10,9 +10,11 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 import common
 import marvel_sac_pid
 import offline_pretrain
+from benchmark.curves import read_metrics
+from benchmark.export_dataset import write_dataset
 from offline_pretrain import Actor, Args, log_likelihood
 
-FILES = {"config.json", "metrics.csv", "checkpoint.pt", "curves.png"}
+FILES = {"config.json", "metrics.csv", "checkpoint.pt"}
 
 
 def train(run_dir, dataset, **options):
@@ -55,7 +57,7 @@ def four_episodes(ball_data):
 @pytest.fixture(scope="module")
 def four_episodes_file(four_episodes, tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "four.hdf5"
-    common.write_dataset(path, four_episodes, {"task": TASK})
+    write_dataset(path, four_episodes, {"task": TASK})
     return path
 
 
@@ -92,7 +94,7 @@ def run_dir(four_episodes_file, tmp_path_factory):
 
 def test_run_leaves_its_files_and_updates_the_actor_alone(run_dir):
     checkpoint, metrics = (common.load_checkpoint(run_dir / "checkpoint.pt"),
-                           common.read_metrics(run_dir / "metrics.csv"))
+                           read_metrics(run_dir / "metrics.csv"))
     assert {file.name for file in run_dir.iterdir() if not file.name.startswith("events.")} == FILES
     assert list(metrics) == ["update_steps", "actor_loss", "eval_sampled_return", "eval_sampled_cost",
                              "eval_mean_return", "eval_mean_cost"]
@@ -119,7 +121,7 @@ def test_finetuning_starts_from_the_checkpoint(tmp_path, monkeypatch, run_dir, f
     options = {**TINY_MARVEL, "total_timesteps": 200, "checkpoint": str(run_dir / "checkpoint.pt"),
                "dataset_path": str(four_episodes_file), "run_dir": str(tmp_path / "online")}
     marvel_sac_pid.main(marvel_sac_pid.Args(**options))
-    assert len(common.read_metrics(tmp_path / "online/metrics.csv")["episode_return"]) == 1
+    assert len(read_metrics(tmp_path / "online/metrics.csv")["episode_return"]) == 1
 
 
 def test_policy_recovers_the_distribution_of_the_safe_actions(tmp_path, monkeypatch):
@@ -128,7 +130,7 @@ def test_policy_recovers_the_distribution_of_the_safe_actions(tmp_path, monkeypa
     rng = np.random.default_rng(0)
     obs, unsafe = rng.normal(size=(2, 4000, 8)), np.arange(4000) // 10 % 2
     u = 0.5 * obs[0, :, :1] + np.where(unsafe, 2.0, -0.5)[:, None] + 0.3 * rng.normal(size=(4000, 2))
-    common.write_dataset(tmp_path / "two.hdf5", dict(
+    write_dataset(tmp_path / "two.hdf5", dict(
         observations=obs[0], next_observations=obs[1], actions=np.tanh(u), rewards=unsafe, costs=10 * unsafe,
         terminals=np.zeros(4000), timeouts=np.arange(4000) % 10 == 9), {"task": TASK})
     checkpoint = train(tmp_path / "x", tmp_path / "two.hdf5", update_steps=400, batch_size=128, actor_lr=1e-3)

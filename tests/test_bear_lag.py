@@ -12,6 +12,8 @@ from test_wiring import check_targets_follow, no_evaluation, of, record
 import common
 import marvel_sac_pid
 import offline_pretrain
+from benchmark.curves import read_metrics
+from benchmark.export_dataset import write_dataset
 from offline_pretrain import Actor, Args, CriticPID, bear_loss, bear_targets, mmd, repeated_actions
 
 NUMBERS = ("update_steps", "lagrange_multiplier", "policy_qc", "mmd", "mmd_weight", "q_loss", "qc_loss")
@@ -185,7 +187,7 @@ def run(ball_file, tmp_path_factory):
         record(patch, calls, CriticPID, "update")
         checkpoint = train(run_dir, ball_file, cost_limit=0.0, gamma=0.9, bear_actions=3, tau=0.03)
     return SimpleNamespace(dir=run_dir, calls=calls, checkpoint=checkpoint,
-                           metrics=common.read_metrics(run_dir / "metrics.csv"))
+                           metrics=read_metrics(run_dir / "metrics.csv"))
 
 
 def test_step_uses_one_batch_its_own_targets_and_the_target_actor(run):
@@ -246,7 +248,6 @@ def test_checkpoint_holds_the_multiplier_and_the_weight_that_the_log_ends_with(r
     weight = float(run.checkpoint["log_mmd_weight"].exp())
     assert weight == pytest.approx(run.metrics["mmd_weight"][-1], rel=1e-5) != 1
     assert all(np.isfinite(run.metrics[name]).all() for name in NUMBERS)
-    assert (run.dir / "curves.png").stat().st_size > 0
 
 
 def test_run_is_repeatable_and_updates_every_network(tmp_path, ball_file, run):
@@ -269,7 +270,7 @@ def test_finetuning_starts_from_the_checkpoint(tmp_path, monkeypatch, ball_file)
     options = {**TINY_MARVEL, "total_timesteps": 200, "checkpoint": str(tmp_path / "offline/checkpoint.pt"),
                "dataset_path": str(ball_file), "run_dir": str(tmp_path / "online")}
     marvel_sac_pid.main(marvel_sac_pid.Args(**options))
-    assert len(common.read_metrics(tmp_path / "online/metrics.csv")["episode_return"]) == 1
+    assert len(read_metrics(tmp_path / "online/metrics.csv")["episode_return"]) == 1
 
 
 # --- Learning ---
@@ -277,7 +278,7 @@ def bandit(path, n=2000):
     """Episodes of one step, actions uniform in [-0.6, 0.6]^2; reward a_1, cost 10 where a_1 > 0.2."""
     rng = np.random.default_rng(0)
     obs, act = rng.normal(size=(2, n, 8)), rng.uniform(-0.6, 0.6, (n, 2))
-    common.write_dataset(path, dict(
+    write_dataset(path, dict(
         observations=obs[0], next_observations=obs[1], actions=act, rewards=act[:, 0],
         costs=10 * (act[:, 0] > 0.2), terminals=np.ones(n), timeouts=np.zeros(n)), {"task": TASK})
     return path

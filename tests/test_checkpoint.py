@@ -112,8 +112,8 @@ def test_missing_file_is_answered_with_the_command_that_makes_one(tmp_path, refu
 
 
 @pytest.mark.parametrize("content", [
-    {"version": common.CHECKPOINT_VERSION + 1}, {"version": str(common.CHECKPOINT_VERSION)}, {}, [1, 2],
-    torch.zeros(3)])
+    {"version": common.CHECKPOINT_VERSION + 1}, {"version": common.CHECKPOINT_VERSION - 1},
+    {"version": str(common.CHECKPOINT_VERSION)}, {}, [1, 2], torch.zeros(3)])
 def test_other_version_or_no_version_is_refused(tmp_path, refusal, content):
     path = tmp_path / "checkpoint.pt"
     torch.save(content, path)
@@ -122,15 +122,36 @@ def test_other_version_or_no_version_is_refused(tmp_path, refusal, content):
 
 
 EXPECTED = {"env_id": "SafetyBallCircle-v0", "obs_dim": 8, "act_dim": 2, "hidden": 256, "activation": "relu",
-            "gamma": 0.99, "reward_scale": 0.1}
+            "gamma": 0.99, "reward_scale": 0.1, "finished": True}
+NETWORKS = {name: {"weight": torch.ones(2, 3), "bias": torch.zeros(2)} for name in ("actor", "q", "qc")}
+GOOD = EXPECTED | NETWORKS | {"more": 1}
 
 
 @pytest.mark.parametrize(("field", "value"), [
     ("env_id", "SafetyCarCircle-v0"), ("obs_dim", 7), ("act_dim", 3), ("hidden", 64), ("activation", "tanh"),
-    ("gamma", 0.95), ("reward_scale", 1.0)])
+    ("gamma", 0.95), ("reward_scale", 1.0), ("finished", False)])
 def test_checkpoint_of_another_run_is_refused_by_the_name_of_the_field(refusal, field, value):
-    common.check_checkpoint("some.pt", EXPECTED | {"more": 1}, EXPECTED)
-    line = refusal(common.check_checkpoint, "some.pt", EXPECTED | {field: value}, EXPECTED)
+    common.check_checkpoint("some.pt", GOOD, EXPECTED)
+    line = refusal(common.check_checkpoint, "some.pt", GOOD | {field: value}, EXPECTED)
     assert f"some.pt: {field} is {value}, this run needs {EXPECTED[field]}" in line
-    lacking = {name: x for name, x in EXPECTED.items() if name != field}
+    lacking = {name: x for name, x in GOOD.items() if name != field}
     assert f"{field} is None" in refusal(common.check_checkpoint, "some.pt", lacking, EXPECTED)
+
+
+@pytest.mark.parametrize("bad", [
+    None, {}, 3, "text", torch.zeros(2), {"weight": "text"}, {"weight": None},
+    {"weight": torch.ones(2, 3), "bias": torch.tensor([0.0, float("nan")])},
+    {"weight": torch.ones(2, 3), "bias": torch.tensor([0.0, float("inf")])}], ids=repr)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_network_that_is_no_network_or_not_finite_is_refused_by_its_name(refusal, network, bad):
+    common.check_checkpoint("some.pt", GOOD, EXPECTED)
+    line = refusal(common.check_checkpoint, "some.pt", GOOD | {network: bad}, EXPECTED)
+    assert f"some.pt: {network} is missing or not finite" in line
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_only_the_networks_that_are_needed_have_to_be_there(refusal, network):
+    lacking = {name: x for name, x in GOOD.items() if name != network}
+    line = refusal(common.check_checkpoint, "some.pt", lacking, EXPECTED)
+    assert f"some.pt: {network} is missing or not finite" in line
+    common.check_checkpoint("some.pt", lacking, EXPECTED, [name for name in NETWORKS if name != network])

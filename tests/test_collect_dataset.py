@@ -7,6 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from conftest import TASK, random_transitions, run_script, single_line
 
 import common
@@ -78,10 +79,25 @@ def test_bad_options_are_refused_before_anything_is_trained_or_written(tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+def write_run(run_dir, seed):
+    """What a run of one episode of uniform actions leaves: rewards in the buffer are scaled."""
+    buffer = {key: torch.from_numpy(array.astype(np.float32))
+              for key, array in random_transitions(TASK, episodes=1, seed=seed).items()}
+    buffer["rewards"] *= 0.1
+    run_dir.mkdir(parents=True, exist_ok=True)
+    common.save_checkpoint(run_dir / "checkpoint.pt", {
+        "env_id": TASK, "reward_scale": 0.1, "args": {"seed": seed}, "buffer": buffer, "finished": True})
+
+
 def test_failed_run_is_named_with_its_log_and_nothing_is_made(tmp_path, monkeypatch, refusal):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(collect_dataset.subprocess, "run", lambda command, **ignored: (
-        subprocess.CompletedProcess(command, int("10.0" in command))))
+
+    def fail(command, **ignored):
+        if "10.0" not in command:
+            write_run(Path(command[command.index("--run-dir") + 1]), seed=1)
+        return subprocess.CompletedProcess(command, int("10.0" in command))
+
+    monkeypatch.setattr(collect_dataset.subprocess, "run", fail)
     line = refusal(collect_dataset.main, collect_dataset.Args(
         cost_limits=(10.0, 40.0), output="made/x.hdf5", work_dir="work", jobs=1))
     assert "limit 10 failed" in line and f"work/{TASK}__seed0" in line
@@ -97,8 +113,7 @@ def fake_runs(tmp_path, monkeypatch):
     def run(command, **options):
         commands.append(command)
         seed = int(command[command.index("--seed") + 1])
-        data = random_transitions(TASK, episodes=1, seed=seed)
-        common.write_dataset(Path(command[command.index("--save-dataset") + 1]), data, {"task": TASK})
+        write_run(Path(command[command.index("--run-dir") + 1]), seed)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(collect_dataset.subprocess, "run", run)
@@ -117,6 +132,10 @@ def test_every_limit_has_a_run_with_a_seed_of_its_own(fake_runs):
     assert given == [["5.0", "3", "700"], ["80.0", "4", "700"]]
     with h5py.File("x.hdf5") as file:
         assert np.flatnonzero(file["timeouts"][()]).tolist() == [199, 399]
+        saved = {key: array[()] for key, array in file.items()}
+    for k, seed in enumerate((3, 4)):
+        for key, array in random_transitions(TASK, episodes=1, seed=seed).items():
+            np.testing.assert_allclose(saved[key][200 * k : 200 * (k + 1)], array, rtol=1e-6, err_msg=key)
 
 
 def test_finished_runs_are_not_run_again(fake_runs):

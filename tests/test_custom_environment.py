@@ -11,12 +11,14 @@ import pytest
 from conftest import ROOT, run_script
 
 import common
+from benchmark.curves import read_metrics
 from marvel_sac_pid import Args, main
 
 README = ROOT / "README.md"
 HEADING = "## Your own environment\n"
 TINY = {
     "--from-scratch": "--total-timesteps 300 --learning-starts 200 --batch-size 16 --eval-episodes 1",
+    "benchmark/export_dataset.py": "",
     "offline_pretrain.py": "--update-steps 20 --batch-size 16 --eval-episodes 1",
     "marvel_sac_pid.py": "--total-timesteps 200 --vpa-steps 10 --batch-size 16 --eval-episodes 1",
 }
@@ -44,7 +46,8 @@ def test_readme_s_environment_goes_through_both_phases_by_the_readme_s_commands(
     (commands,) = blocks("bash")
     commands = [shlex.split(line) for line in commands.splitlines()]
     assert [command[:2] for command in commands] == [
-        ["python", "marvel_sac_pid.py"], ["python", "offline_pretrain.py"], ["python", "marvel_sac_pid.py"]]
+        ["python", "marvel_sac_pid.py"], ["python", "benchmark/export_dataset.py"],
+        ["python", "offline_pretrain.py"], ["python", "marvel_sac_pid.py"]]
     for command in commands:
         tiny = next(options for word, options in TINY.items() if word in command)
         status, _, error = run_script(*command[1:], *tiny.split(), cwd=readme_task)
@@ -57,7 +60,7 @@ def test_readme_s_environment_goes_through_both_phases_by_the_readme_s_commands(
     for checkpoint in offline, online:
         assert checkpoint["env_id"] == "my_task:Point-v0"
         assert np.isfinite(checkpoint["q"]["weights.0"].numpy()).all()
-    metrics = common.read_metrics(*readme_task.glob("runs/*marvel*/metrics.csv"))
+    metrics = read_metrics(*readme_task.glob("runs/*marvel*/metrics.csv"))
     assert list(metrics["env_steps"]) == [100, 200]
     assert np.isnan(metrics["normalized_return"]).all()  # DSRL has no reference for it
 
@@ -166,7 +169,7 @@ def test_task_that_does_not_fit_is_refused_and_nothing_written(register, custom,
 
 @pytest.mark.parametrize(("env_id", "source", "says"), [
     ("no_such_module_here:Point-v0", None, "No module named 'no_such_module_here'"),
-    ("registers_nothing:Point-v7", "", "registers_nothing registers no Point-v7"),
+    ("registers_nothing:Nothing-v7", "", "does not run (NameNotFound: Environment `Nothing` doesn't exist"),
     ("breaks:Point-v7", "import no_such_library\n", "No module named 'no_such_library'"),
     ("raises:Point-v7", "raise ValueError('out of order\\nsince Monday')\n", "out of order"),
     ("SafetyBalCircle-v0", None, "the nearest names are SafetyBallCircle-v0"),

@@ -1,4 +1,4 @@
-"""Datasets are read as DSRL means them, found, written well, and every fault is named in one line."""
+"""Datasets are read as DSRL means them, found, thinned evenly, and every fault is named in one line."""
 
 import gymnasium as gym
 import h5py
@@ -56,6 +56,16 @@ def test_terminals_and_timeouts_are_kept_apart(tmp_path, ball_data):
     assert data["timeouts"].nonzero().tolist() == [[177]]
 
 
+@pytest.mark.parametrize(("terminals", "timeouts"), [([599], []), ([], [599]), ([199, 599], [199, 399])])
+def test_episodes_may_end_either_way_as_long_as_not_every_time_limit_is_a_terminal(
+        tmp_path, ball_data, terminals, timeouts):
+    raw = dict(ball_data, terminals=np.isin(np.arange(600), terminals),
+               timeouts=np.isin(np.arange(600), timeouts))
+    data = common.read_dataset(write_raw(tmp_path / "x.hdf5", raw), task())
+    assert data["terminals"].nonzero().flatten().tolist() == terminals
+    assert data["timeouts"].nonzero().flatten().tolist() == timeouts
+
+
 def test_dsrl_reads_what_write_dataset_wrote(ball_file, ball_data):
     import dsrl  # noqa: F401  (registers the tasks)
 
@@ -89,7 +99,7 @@ def shortened(*keys, rows=-1):
 
 
 FAULTS = {
-    **{f"missing-{key}": (without(key), f"lacks {key}") for key in common.DATASET_KEYS},
+    **{f"missing-{key}": (without(key), f"lacks the arrays {key}") for key in common.DATASET_KEYS},
     **{f"length-{key}": (shortened(key), "has shape") for key in common.DATASET_KEYS},
     **{f"nan-{key}": (changed(key, 7, np.nan), f"{key} is not finite at transition 7")
        for key in common.DATASET_KEYS},
@@ -105,16 +115,19 @@ FAULTS = {
     "flat-actions": (replaced(actions=np.zeros(600)), "actions has shape (600,)"),
     "two-columns": (replaced(rewards=np.zeros((600, 2))), "rewards has shape (600, 2)"),
     "complex": (replaced(rewards=np.zeros(600, complex)), "rewards holds complex128"),
-    "empty": (shortened(*common.DATASET_KEYS, rows=0), "holds no transition"),
+    "empty": (shortened(*common.DATASET_KEYS, rows=0), "holds 0 transitions, at least two are needed"),
+    "one": (shortened(*common.DATASET_KEYS, rows=1), "holds 1 transitions, at least two are needed"),
     "no-episode-end": (replaced(terminals=np.zeros(600), timeouts=np.zeros(600)), "no episode ends"),
-    "terminal-2": (changed("terminals", 3, 2), "terminals must be 0 or 1"),
-    "timeout-half": (changed("timeouts", 3, 0.5), "timeouts must be 0 or 1"),
+    "terminal-2": (changed("terminals", 3, 2), "terminals and timeouts must be 0 or 1"),
+    "timeout-half": (changed("timeouts", 3, 0.5), "terminals and timeouts must be 0 or 1"),
+    "flags-alike": (lambda data: data.update(terminals=data["timeouts"]),
+                    "every time limit is a terminal too"),
     "action-outside": (changed("actions", 3, (0, -1.5)), "actions reach 1.5, outside [-1, 1]"),
     "negative-cost": (changed("costs", 11, -1), "costs are negative at transition 11"),
-    "group": (replaced(observations=None), "observations"),
-    "scalar": (replaced(rewards=1.0), "rewards"),
+    "group": (replaced(observations=None), "lacks the arrays observations"),
+    "scalar": (replaced(rewards=1.0), "lacks the arrays rewards"),
     "null": (replaced(rewards=h5py.Empty("f")), "rewards"),
-    "text": (replaced(rewards="none"), "rewards"),
+    "text": (replaced(rewards="none"), "lacks the arrays rewards"),
     "too-large": (replaced(rewards=np.full(600, 1e300)), "rewards is not finite at transition 0"),
 }
 
@@ -261,23 +274,7 @@ def test_path_that_does_not_exist_is_not_replaced_by_another_file(places, tmp_pa
 
 def test_task_without_a_known_dataset_is_told_how_to_give_one(places, refusal):
     line = refusal(common.find_dataset, task("SafetyCarReach-v0"), None)
-    assert "SafetyCarReach-v0" in line and "--dataset-path" in line
-
-
-# --- Writing ---
-def test_same_data_give_the_same_bytes_and_no_other_file(tmp_path, ball_data):
-    for name in ("a", "b"):
-        common.write_dataset(tmp_path / name / "x.hdf5", ball_data, {"task": TASK, "seed": 3})
-    assert (tmp_path / "a/x.hdf5").read_bytes() == (tmp_path / "b/x.hdf5").read_bytes()
-    assert [file.name for file in (tmp_path / "a").iterdir()] == ["x.hdf5"]
-
-
-def test_interrupted_writing_leaves_the_old_file_as_it_was(tmp_path, ball_data, ball_file):
-    path = tmp_path / "x.hdf5"
-    path.write_bytes(ball_file.read_bytes())
-    with pytest.raises(KeyError):
-        common.write_dataset(path, {key: ball_data[key] for key in common.DATASET_KEYS[:4]}, {})
-    assert path.read_bytes() == ball_file.read_bytes()
+    assert "SafetyCarReach-v0" in line and "benchmark/collect_dataset.py" in line
 
 
 # --- Thinning ---

@@ -91,10 +91,10 @@ def test_a_single_episode_has_no_interval(ball, table):
 def test_numbers_are_those_at_the_end_of_the_run_that_wrote_the_file(tmp_path, ball_file, table):
     options = TINY_OFFLINE | dict(seed=5, eval_episodes=2, dataset_path=str(ball_file))
     offline_pretrain.main(offline_pretrain.Args(run_dir=str(tmp_path), **options))
-    recorded = common.load_checkpoint(tmp_path / "checkpoint.pt")["evaluation"]
+    recorded = common.load_checkpoint(tmp_path / "checkpoint.pt")["evaluations"]["offline policy"]
     rows = table(tmp_path / "checkpoint.pt", episodes=2)
     for name, how in ("sampled", "sampled"), ("mean action", "mean"):
-        means = [f"{np.mean(recorded[how][key]):.1f}" for key in ("return", "cost")]
+        means = [f"{recorded[f'eval_{how}_{key}']:.1f}" for key in ("return", "cost")]
         assert [rows[name][0], rows[name][2]] == means
 
 
@@ -199,7 +199,7 @@ def test_film_takes_every_kth_picture_scaled_down_and_leaves_the_task_as_it_was(
 
 def test_fault_of_a_renderer_is_one_line_and_leaves_no_file(tmp_path, clock, refusal):
     gym.spec("SafetyClock-v0").kwargs["fault"] = "out of ink\nand paper"
-    assert "film.gif: no picture (RuntimeError: out of ink)" in refusal(evaluate.main, clock)
+    assert "film.gif: no picture (RuntimeError: out of ink and paper)" in refusal(evaluate.main, clock)
     assert [file.name for file in tmp_path.iterdir()] == ["clock.pt"]
 
 
@@ -215,7 +215,9 @@ def test_task_without_a_renderer_has_its_table_and_one_line(clock, monkeypatch, 
 
 # --- Faults ---
 @pytest.mark.parametrize(("fields", "words"), [
-    ({"actor": {}}, "holds no such policy"), ({"actor": None}, "holds no such policy"),
+    ({"actor": {}}, "actor is missing"), ({"actor": None}, "actor is missing"),
+    ({"actor": "text"}, "actor is missing"), ({"actor": {"fc1.weight": "text"}}, "actor is missing"),
+    ({"actor": {"head.weight": torch.zeros(4, 256)}}, "holds no such policy"),
     ({"actor": marvel_sac_pid.Actor(8, 2, hidden=32).state_dict()}, "holds no such policy"),
     ({"obs_dim": 9}, "obs_dim is 9"), ({"hidden": 64}, "hidden is 64"), ({"activation": "tanh"}, "is tanh"),
     ({"env_id": "SafetyNothing-v0"}, "no such task"), ({"env_id": None}, "no such task"),
@@ -232,7 +234,7 @@ def test_policy_that_is_not_finite_is_refused(ball, refusal):
     content = common.load_checkpoint(ball[0])
     content["actor"]["fc2.weight"][3, 5] = float("nan")
     common.save_checkpoint(ball[0], content)
-    assert "not finite" in refusal(evaluate.main, evaluate.Args(str(ball[0])))
+    assert "actor is missing or not finite" in refusal(evaluate.main, evaluate.Args(str(ball[0])))
 
 
 def test_truncated_and_missing_files_are_refused(tmp_path, ball, refusal):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import common
 from benchmark import evidence
 
 TASK = "SafetyBallRun-v0"
@@ -13,9 +14,12 @@ TASK = "SafetyBallRun-v0"
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
-    """run(*methods): the exit status and every run's (script, folder), in order; `fail` names what fails."""
+    """run(*methods): the exit status and every run's (script, folder), in order.
+
+    `fail` names what fails, `interrupted` what is ended by a signal and leaves an unfinished checkpoint.
+    """
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
-    fail = set()
+    fail, interrupted = set(), set()
 
     def fake(command, **ignored):
         if "collect_dataset" in command[1]:
@@ -28,10 +32,10 @@ def grid(tmp_path, monkeypatch):
             return SimpleNamespace(returncode=2)
         if "--checkpoint" in command:
             assert Path(command[command.index("--checkpoint") + 1]).is_file()
-        (folder / "checkpoint.pt").write_text("x")
+        common.save_checkpoint(folder / "checkpoint.pt", {"finished": folder.parent.name not in interrupted})
         (folder / "metrics.csv").write_text("lagrange_multiplier\n3.5\n41.25\n")
         options[folder.parent.name] = command
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(returncode=143 if folder.parent.name in interrupted else 0)
 
     monkeypatch.setattr(evidence.subprocess, "run", fake)
 
@@ -43,7 +47,7 @@ def grid(tmp_path, monkeypatch):
         return end.value.code, list(runs)
 
     runs, options, shipped = [], {}, evidence.DATASETS
-    return SimpleNamespace(run=run, fail=fail, folder=tmp_path, options=options)
+    return SimpleNamespace(run=run, fail=fail, interrupted=interrupted, folder=tmp_path, options=options)
 
 
 def test_offline_policy_comes_first_and_finished_runs_are_not_run_again(grid):
@@ -60,6 +64,17 @@ def test_removed_result_is_run_again_and_its_offline_policy_too_if_that_is_gone(
     (grid.folder / "results" / TASK / "marvel/seed0.csv").unlink()
     (grid.folder / "work" / TASK / "offline/seed0/checkpoint.pt").unlink()
     assert [folder for _, folder in grid.run("marvel")[1]] == ["offline", "marvel"]
+
+
+def test_checkpoint_of_an_interrupted_run_is_nothing_to_start_from(grid, capsys):
+    grid.interrupted.add("offline")
+    assert grid.run("marvel") == (1, [("offline_pretrain.py", "offline")])
+    assert "no offline policy to start from" in capsys.readouterr().out
+    assert not (grid.folder / "results" / TASK / "marvel").exists()
+    grid.interrupted.clear()
+    both = [("offline_pretrain.py", "offline"), ("marvel_sac_pid.py", "marvel")]
+    assert grid.run("marvel") == (0, both)
+    assert grid.run("marvel") == (0, [])
 
 
 def test_failed_run_leaves_no_result_and_a_status(grid, capsys):

@@ -16,6 +16,7 @@ from torch import nn
 import common
 import marvel_sac_pid
 from benchmark import import_osrl
+from benchmark.curves import read_metrics
 
 REAL = Path(os.environ.get("OSRL_CHECKPOINTS", ROOT.parent / "shared" / "data" / "osrl_cpq"))
 CONFIG = {"task": "OfflineBallCircle-v0", "seed": 0, "cost_limit": 20, "gamma": 0.99, "reward_scale": 0.1,
@@ -192,7 +193,7 @@ def test_finetuning_accepts_it(tmp_path):
     after = common.load_checkpoint(tmp_path / "marvel" / "checkpoint.pt")
     for name in "actor", "q", "qc":
         assert any(not torch.equal(after[name][key], value) for key, value in checkpoint[name].items()), name
-    assert len(common.read_metrics(tmp_path / "marvel" / "metrics.csv")["episode"]) == 3
+    assert len(read_metrics(tmp_path / "marvel" / "metrics.csv")["episode"]) == 3
 
 
 # --- What is refused ---

@@ -196,8 +196,8 @@ def workplace(tmp_path, monkeypatch):
     torch.manual_seed(0)
     common.save_checkpoint(folder / "checkpoint.pt", dict(
         env_id=RUN, obs_dim=7, act_dim=2, hidden=256, activation="relu", gamma=0.99, reward_scale=0.1,
-        args={"dataset_path": None}, actor=Actor(7, 2).state_dict(), q=Critic(2, 7, 2).state_dict(),
-        qc=Critic(1, 7, 2).state_dict()))
+        finished=True, args={"dataset_path": None}, actor=Actor(7, 2).state_dict(),
+        q=Critic(2, 7, 2).state_dict(), qc=Critic(1, 7, 2).state_dict()))
     return tmp_path
 
 
@@ -275,6 +275,17 @@ def test_finished_pre_alignment_is_used_again_unless_the_offline_policy_is_newer
     (workplace / "work" / RUN / "offline/seed4/checkpoint.pt").touch()
     assert command(workplace) == 0
     assert len(calls) == 2
+
+
+def test_interrupted_pre_alignment_is_run_again(workplace, monkeypatch):
+    end = workplace / "work" / RUN / "vpa/seed4/checkpoint.pt"
+    end.parent.mkdir(parents=True)
+    start = common.load_checkpoint(workplace / "work" / RUN / "offline/seed4/checkpoint.pt")
+    common.save_checkpoint(end, start | {"finished": False})  # newer than what it started from
+    assert command(workplace) == 0
+    after = common.load_checkpoint(end)
+    assert after["finished"] and after["step"] == 3
+    assert (workplace / "results/q_alignment" / RUN / "seed4.csv").exists()
 
 
 def test_failed_pre_alignment_leaves_no_file_and_a_status(workplace, monkeypatch, refusal):

@@ -38,20 +38,34 @@ WITHOUT_OPTIONS = {
 OWN_OPTIONS = {
     jsrl: ["jump_start_share"], pex: ["temperature"], so2: ["target_noise", "noise_clip", "critic_updates"]}
 OTHER_DEFAULTS = {jsrl: {"lagrange_init", "alpha"}, pex: {"lagrange_init"}, so2: {"lagrange_init"}}
+CHECKPOINT = "Checkpoint: all but the simulator's state, as every episode starts afresh from a seed"
 OTHER_SECTIONS = {
-    jsrl: {"Networks, optimisers", "Replay buffer", "Lagrange multiplier", "Update the multiplier",
-           "Evaluate and log"},
-    pex: {"Offline dataset, networks, optimisers", "Replay buffer", "Lagrange multiplier",
+    jsrl: {"Networks, optimisers", "Replay buffer", "Lagrange multiplier", CHECKPOINT,
+           "Update the multiplier", "Evaluate and log"},
+    pex: {"Offline dataset, networks, optimisers", "Replay buffer", "Lagrange multiplier", CHECKPOINT,
           "Collect full episodes", "Update the multiplier", "Gradient steps", "Update critics",
-          "Evaluate and log", "Save"},
-    so2: {"Offline dataset, networks, optimisers", "Replay buffer", "Lagrange multiplier",
+          "Evaluate and log"},
+    so2: {"Offline dataset, networks, optimisers", "Replay buffer", "Lagrange multiplier", CHECKPOINT,
           "Update the multiplier", "Gradient steps", "Update critics"},
+}
+OTHER_CLOSURES = {  # functions inside main: what acts is another policy, and there is nothing to align
+    jsrl: {"evaluate", "play_episode", "state"},
+    pex: {"evaluate", "update_critics", "play_episode", "state"},
+    so2: {"update_critics", "play_episode", "state"},
 }
 
 
 def definitions(script):
     items = vars(script).items()
     return {name for name, item in items if getattr(item, "__module__", None) == script.__name__}
+
+
+def closures(script):
+    """{name: text} of the functions inside main, with their indentation."""
+    source = inspect.getsource(script.main)
+    (main,) = ast.parse(source).body
+    return {node.name: ast.get_source_segment(source, node, padded=True) for node in main.body
+            if isinstance(node, ast.FunctionDef)}
 
 
 def options(script):
@@ -73,6 +87,17 @@ def test_every_shared_name_is_either_the_same_or_meant_to_differ():
 def test_shared_code_is_textually_identical(name):
     ours, theirs = (inspect.getsource(getattr(script, name)) for script in SCRIPTS.values())
     assert ours == theirs
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS.values(), *BASELINES.values()], ids=[*SCRIPTS, *BASELINES])
+def test_every_loss_is_minimised_by_the_same_code(script):
+    text = closures(script)["minimise"]
+    assert text == closures(marvel_sac_pid)["minimise"]
+    assert len(text.splitlines()) == 7 and "check_finite" in text
+    # and by no other: nothing else in the script takes a gradient step
+    source = inspect.getsource(script)
+    for word in (".backward(", ".step()", ".zero_grad("):
+        assert source.count(word) == text.count(word) == 1, word
 
 
 # --- Baselines ---
@@ -102,6 +127,27 @@ def test_sections_of_a_baselines_main_are_marvels_where_not_meant_to_differ(scri
     ours, theirs = sections(marvel_sac_pid), sections(script)
     assert {name for name in theirs if theirs[name] != ours.get(name)} == OTHER_SECTIONS[script]
     assert [name for name in ours if name in theirs] == [name for name in theirs if name in ours]
+
+
+@pytest.mark.parametrize("script", BASELINES.values(), ids=BASELINES)
+def test_functions_inside_a_baselines_main_are_marvels_where_not_meant_to_differ(script):
+    ours, theirs = closures(marvel_sac_pid), closures(script)
+    assert list(theirs) == list(ours)
+    assert {name for name in theirs if theirs[name] != ours[name]} == OTHER_CLOSURES[script]
+
+
+def test_baselines_save_and_restore_what_marvel_does_but_for_the_alignment():
+    """Only the list of parts, and what else a method has, may differ between them."""
+    states = [closures(script)["state"] for script in BASELINES.values()]
+    assert len(set(states)) == 1
+    ours = closures(marvel_sac_pid)["state"]
+    assert {word for word in re.findall(r"\w+", ours)} - {word for word in re.findall(r"\w+", states[0])} == {
+        "aligned"}
+    restored = [re.search(r"^    if saved:\n.*?\n\n", inspect.getsource(script.main),
+                          re.MULTILINE | re.DOTALL)[0] for script in [marvel_sac_pid, *BASELINES.values()]]
+    assert len(set(restored[1:])) == 1
+    assert restored[0].replace("count, aligned, evaluations", "count, evaluations").replace(
+        'saved["aligned"], ', "") == restored[1]
 
 
 def test_baselines_that_mix_batches_do_it_alike():

@@ -3,18 +3,31 @@
 import csv
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import TASK, TINY_MARVEL, TINY_OFFLINE, command_line, parameters, run_script, same, single_line
+from conftest import (
+    TASK,
+    TINY_MARVEL,
+    TINY_OFFLINE,
+    command_line,
+    parameters,
+    played,
+    run_script,
+    same,
+    single_line,
+)
 
 import common
 import marvel_sac_pid
 import offline_pretrain
+from benchmark.curves import read_metrics
+from benchmark.export_dataset import write_dataset
 
-FILES = {"config.json", "metrics.csv", "checkpoint.pt", "curves.png"}
+FILES = {"config.json", "metrics.csv", "checkpoint.pt"}
 NETWORKS = ("actor", "q", "qc")
 
 
@@ -67,13 +80,12 @@ def check_files(run_dir):
     events = {name for name in names if name.startswith("events.out.tfevents.")}
     assert len(events) == 1 and names - events == FILES
     assert all((run_dir / name).stat().st_size > 0 for name in names)
-    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def check_metrics(run_dir, cost_limit=20.0):
     with open(run_dir / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    metrics = common.read_metrics(run_dir / "metrics.csv")
+    metrics = read_metrics(run_dir / "metrics.csv")
     assert (np.diff(metrics["env_steps"]) > 0).all()
     assert metrics["episode"].tolist() == list(range(1, len(rows) + 1))
     np.testing.assert_allclose(metrics["cumulative_cost"], np.cumsum(metrics["episode_cost"]), rtol=1e-5)
@@ -98,7 +110,7 @@ def test_offline_run_updates_all_networks_and_leaves_its_files(offline_run):
     for name in ("q", "qc"):
         assert moved({**checkpoint, name: checkpoint[f"{name}_target"]}, checkpoint) == [name]
     check_files(offline_run)
-    metrics = common.read_metrics(offline_run / "metrics.csv")
+    metrics = read_metrics(offline_run / "metrics.csv")
     assert metrics["update_steps"][-1] == TINY_OFFLINE["update_steps"]
     assert all(np.isfinite(column[-1]) for column in metrics.values())
 
@@ -175,10 +187,10 @@ def test_from_scratch_takes_no_update_before_learning_starts(tmp_path):
 
 
 def test_saved_episodes_are_a_dataset_of_what_was_logged(tmp_path, ball_file, offline_run, ball_task):
-    finetune(tmp_path / "x", ball_file, offline_run, save_dataset=str(tmp_path / "episodes.hdf5"))
-    data = common.read_dataset(tmp_path / "episodes.hdf5", ball_task)
+    finetune(tmp_path / "x", ball_file, offline_run)
+    data = played(tmp_path / "x", ball_task)
     ends, returns, costs = common.episode_sums(data)
-    metrics = common.read_metrics(tmp_path / "x/metrics.csv")
+    metrics = read_metrics(tmp_path / "x/metrics.csv")
     assert (ends + 1).tolist() == metrics["env_steps"].tolist()
     np.testing.assert_allclose(returns, metrics["episode_return"], rtol=1e-4)
     np.testing.assert_allclose(costs, metrics["episode_cost"], rtol=1e-4)
@@ -214,11 +226,11 @@ def test_both_scripts_act_alike_with_the_offline_policy(offline_run):
 
 
 def test_run_starts_with_the_offline_scripts_actions(tmp_path, monkeypatch, ball_file, offline_run):
-    observations, played = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32), []
+    observations, actions = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32), []
 
     def record(env, policy, episodes):
-        played.append(np.stack([policy(obs) for obs in observations]))
-        if len(played) == 2:  # sampled, then mean actions
+        actions.append(np.stack([policy(obs) for obs in observations]))
+        if len(actions) == 2:  # sampled, then mean actions
             raise Stop
         return {}
 
@@ -228,8 +240,8 @@ def test_run_starts_with_the_offline_scripts_actions(tmp_path, monkeypatch, ball
     offline = offline_pretrain.Actor(8, 2)
     offline.load_state_dict(common.load_checkpoint(offline_run / "checkpoint.pt")["actor"])
     policy, rng = offline.numpy_policy(), np.random.default_rng(0)
-    assert np.array_equal(played[0], np.stack([policy(obs, rng) for obs in observations]))
-    assert np.array_equal(played[1], np.stack([policy(obs) for obs in observations]))
+    assert np.array_equal(actions[0], np.stack([policy(obs, rng) for obs in observations]))
+    assert np.array_equal(actions[1], np.stack([policy(obs) for obs in observations]))
 
 
 @pytest.mark.parametrize(("options", "expected"), [
@@ -291,7 +303,7 @@ def test_evaluation_does_not_change_finetuning(tmp_path, ball_file, offline_run)
     often = finetune(tmp_path / "often", ball_file, offline_run, eval_every=200, eval_episodes=2)
     never = finetune(tmp_path / "never", ball_file, offline_run, eval_every=10**9, eval_episodes=1)
     assert same(parameters(networks(often)), parameters(networks(never)))
-    counts = [np.isfinite(common.read_metrics(tmp_path / name / "metrics.csv")["eval_mean_cost"]).sum()
+    counts = [np.isfinite(read_metrics(tmp_path / name / "metrics.csv")["eval_mean_cost"]).sum()
               for name in ("often", "never")]
     assert counts == [2, 1]
 
@@ -309,10 +321,9 @@ def test_both_scripts_run_from_the_command_line_with_default_folders(tmp_path, b
     check_files(tmp_path / f"runs/{TASK}__offline_pretrain__seed0")
     options = {**TINY_MARVEL, "total_timesteps": 200, "vpa_steps": 0, "dataset_path": ball_file}
     options = command_line(options)
-    status, stdout, stderr = run_script("marvel_sac_pid.py", *options, cwd=tmp_path)
+    status, _, stderr = run_script("marvel_sac_pid.py", *options, cwd=tmp_path)
     assert status == 0, stderr
     assert "Traceback" not in stderr and "Warning" not in stderr
-    assert "offline policy" in stdout and "after finetuning" in stdout and "violation regret" in stdout
     check_files(tmp_path / f"runs/{TASK}__marvel_sac_pid__seed0")
     check_metrics(tmp_path / f"runs/{TASK}__marvel_sac_pid__seed0")
     assert {file.name for file in tmp_path.iterdir()} == {"runs"}
@@ -321,16 +332,24 @@ def test_both_scripts_run_from_the_command_line_with_default_folders(tmp_path, b
     single_line(*run_script("marvel_sac_pid.py", *options, cwd=tmp_path)[::2])
     assert contents(tmp_path) == before
 
+    status, stdout, stderr = run_script("benchmark/curves.py", cwd=tmp_path)
+    assert (status, stderr) == (0, "")
+    assert "offline policy" in stdout and "after finetuning" in stdout and "violation regret" in stdout
+    assert contents(tmp_path).keys() - before.keys() == {
+        Path(f"runs/{TASK}__marvel_sac_pid__seed0/curves.png")}
+    assert {name: contents(tmp_path)[name] for name in before} == before
+
 
 def test_tracked_run_works_without_a_network(tmp_path, ball_file, offline_run):
     options = {**TINY_MARVEL, "total_timesteps": 200, "vpa_steps": 0, "dataset_path": ball_file,
                "checkpoint": offline_run / "checkpoint.pt", "run_dir": "tracked"}
     status, _, stderr = run_script(
-        "marvel_sac_pid.py", *command_line(options), "--track", "--wandb-project-name", "test", cwd=tmp_path,
-        env={"WANDB_MODE": "offline", "HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"})
+        "marvel_sac_pid.py", *command_line(options), "--track", cwd=tmp_path,
+        env={"WANDB_MODE": "offline", "WANDB_PROJECT": "project-of-the-test", "HOME": str(tmp_path),
+             "HTTPS_PROXY": "http://127.0.0.1:9"})
     assert status == 0, stderr
     (record,) = (tmp_path / "tracked").glob("wandb/offline-run-*/*.wandb")
-    assert b"episode_cost" in record.read_bytes()
+    assert b"episode_cost" in record.read_bytes() and b"project-of-the-test" in record.read_bytes()
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -340,7 +359,7 @@ def test_tracked_run_works_without_a_network(tmp_path, ball_file, offline_run):
 def test_checkpoint_of_another_setting_is_refused(
         tmp_path, monkeypatch, ball_data, offline_run, refusal, options, words):
     monkeypatch.chdir(tmp_path)
-    common.write_dataset(tmp_path / "data.hdf5", ball_data, {"task": options.get("env_id", TASK)})
+    write_dataset(tmp_path / "data.hdf5", ball_data, {"task": options.get("env_id", TASK)})
     default = {**TINY_MARVEL, "checkpoint": offline_run / "checkpoint.pt", "dataset_path": "data.hdf5"}
     args = tyro.cli(marvel_sac_pid.Args, args=command_line(default | options))
     assert words in refusal(marvel_sac_pid.main, args)
@@ -395,6 +414,18 @@ def test_no_timesteps_ends_after_vpa_with_aligned_critics_and_the_offline_policy
     assert len((tmp_path / "vpa/metrics.csv").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"vpa_steps": 0, "vpa_critics": "fresh"}, {"vpa_data": "rollouts"}])
+def test_checkpoint_of_a_run_that_is_not_finished_is_no_starting_point(
+        tmp_path, ball_file, offline_run, refusal, options):
+    content = common.load_checkpoint(offline_run / "checkpoint.pt")
+    for name, change in ("false.pt", {"finished": False}), ("none.pt", {"finished": None}):
+        common.save_checkpoint(tmp_path / name, content | change)
+        args = marvel_sac_pid.Args(**TINY_MARVEL | options, checkpoint=str(tmp_path / name),
+                                   dataset_path=str(ball_file), run_dir=str(tmp_path / "x"))
+        assert f"finished is {change['finished']}, this run needs True" in refusal(marvel_sac_pid.main, args)
+    assert not (tmp_path / "x").exists()
+
+
 def test_checkpoint_of_two_policies_is_refused(tmp_path, ball_file, offline_run, refusal):
     content = common.load_checkpoint(offline_run / "checkpoint.pt")
     common.save_checkpoint(tmp_path / "pex.pt", content | {"offline_actor": content["actor"]})
@@ -421,7 +452,8 @@ def test_unknown_option_ends_with_status_2(tmp_path):
     refused(marvel_sac_pid, "adapt_rate", 5.0), refused(marvel_sac_pid, "seed", 2**32),
     refused(marvel_sac_pid, "total_timesteps", -1), refused(marvel_sac_pid, "batch_size", 0),
     refused(marvel_sac_pid, "eval_every", 0), refused(marvel_sac_pid, "seed", -1),
-    refused(marvel_sac_pid, "save_dataset", "/dev/null/x.hdf5"), refused(marvel_sac_pid, "eval_episodes", 0),
+    refused(offline_pretrain, "checkpoint_every", 0), refused(marvel_sac_pid, "checkpoint_every", 0),
+    refused(marvel_sac_pid, "eval_episodes", 0),
     refused(marvel_sac_pid, "rollout_episodes", 0), refused(marvel_sac_pid, "cost_margin", 2.0),
     pytest.param(marvel_sac_pid, {"learning_starts": 0, "vpa_data": "rollouts"}, id="rollouts-of-no-step"),
     refused(marvel_sac_pid, "utd", -1.0), refused(marvel_sac_pid, "lagrange_init", -1.0),

@@ -4,8 +4,10 @@ import dsrl
 import gymnasium as gym
 import numpy as np
 import pytest
+from conftest import played
 
 import common
+from benchmark.curves import read_metrics
 from marvel_sac_pid import Args, main
 
 # Task: dimensions of observation and action, time limit, and how an episode of uniform actions ends: by time,
@@ -112,12 +114,12 @@ def test_dsrl_s_dataset_and_reference_returns_are_known_by_every_id(env_id, file
     ("SafetyHopperVelocityGymnasium-v1", True), ("SafetyPointCircle1-v0", False)])
 def test_training_from_scratch_runs_on_every_family(env_id, ends_early, tmp_path):
     main(Args(env_id=env_id, from_scratch=True, total_timesteps=1, learning_starts=1, batch_size=8, utd=0.2,
-              eval_episodes=1, run_dir=str(tmp_path / "run"), save_dataset=str(tmp_path / "data.hdf5")))
-    metrics = common.read_metrics(tmp_path / "run/metrics.csv")
+              eval_episodes=1, run_dir=str(tmp_path / "run")))
+    metrics = read_metrics(tmp_path / "run/metrics.csv")
     for name in "episode_return", "episode_cost", "normalized_return", "q_loss", "eval_mean_return":
         assert np.isfinite(metrics[name]).all()
     obs_dim, act_dim, limit, _ = TASKS.get(env_id, (28, 2, 500, ""))
-    data = common.read_dataset(tmp_path / "data.hdf5", common.Task(env_id, obs_dim, act_dim, limit))
+    data = played(tmp_path / "run", common.Task(env_id, obs_dim, act_dim, limit))
     assert len(data["rewards"]) == metrics["env_steps"][-1]
     assert float(data["costs"].sum()) == pytest.approx(metrics["episode_cost"][0])
     assert (float(data["terminals"][-1]), float(data["timeouts"][-1])) == (ends_early, not ends_early)

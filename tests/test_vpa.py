@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+from benchmark.export_dataset import write_dataset
 from marvel_sac_pid import Actor, Args, Critic, critic_loss, main, sample, soft_targets
 
 # A ring of four states. From s, action a leads to s + 1 with probability (1 + a) / 2, else it stays; in
@@ -144,10 +145,11 @@ def test_vpa_of_the_script_finds_the_exact_values(tmp_path):
     actor.head.weight.data[0] *= 10
     common.save_checkpoint(tmp_path / "offline.pt", dict(
         env_id="Ring-v0", obs_dim=4, act_dim=1, hidden=256, activation="relu", gamma=GAMMA, reward_scale=0.5,
-        actor=actor.state_dict()))
+        finished=True, actor=actor.state_dict(), q=Critic(2, 4, 1).state_dict(),
+        qc=Critic(1, 4, 1).state_dict()))
     data = transitions()
     data["rewards"] = data["rewards"] / args.reward_scale  # so that the scaled rewards are those of the table
-    common.write_dataset(tmp_path / "ring.hdf5", data, {"task": "Ring-v0"})
+    write_dataset(tmp_path / "ring.hdf5", data, {"task": "Ring-v0"})
     main(args)
 
     result = common.load_checkpoint(tmp_path / "run/checkpoint.pt")

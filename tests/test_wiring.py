@@ -8,12 +8,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import TASK, TINY_MARVEL, TINY_OFFLINE
+from conftest import TASK, TINY_MARVEL, TINY_OFFLINE, played
 from scipy.stats import kstest
 
 import common
 import marvel_sac_pid
 import offline_pretrain
+from benchmark.curves import read_metrics
 
 # Every value differs from its default and from the others, so that none can stand in for another.
 BOTH = dict(gamma=0.98, reward_scale=0.2)
@@ -41,15 +42,19 @@ def frozen(value):
 
 
 def record(patch, calls, owner, name):
-    """Append every call of owner.name to `calls`: its arguments by name, networks' parameters, the result."""
+    """Append every call of owner.name to `calls`: its arguments by name, the result, and of networks their
+    parameters and whether a gradient has reached them.
+    """
     original = getattr(owner, name)
     signature = inspect.signature(original)
 
     def spy(*args, **options):
         given = signature.bind(*args, **options).arguments
         call = {key: frozen(value) for key, value in given.items()}
-        call |= {f"{key}_parameters": snapshot(value) for key, value in given.items()
-                 if isinstance(value, torch.nn.Module)}
+        for key, value in given.items():
+            if isinstance(value, torch.nn.Module):
+                call[f"{key}_parameters"] = snapshot(value)
+                call[f"{key}_was_trained"] = any(p.grad is not None for p in value.parameters())
         result = original(*args, **options)
         calls.append(SimpleNamespace(function=name, **call, result=frozen(result)))
         return result
@@ -107,7 +112,7 @@ def finish(script, args):
     """Run a script's main; its arguments, checkpoint and metrics."""
     script.main(args)
     return SimpleNamespace(args=args, checkpoint=common.load_checkpoint(f"{args.run_dir}/checkpoint.pt"),
-                           metrics=common.read_metrics(f"{args.run_dir}/metrics.csv"))
+                           metrics=read_metrics(f"{args.run_dir}/metrics.csv"))
 
 
 def pretrain(run_dir, ball_file, **options):
@@ -125,11 +130,10 @@ def finetune(patch, run_dir, ball_file, offline, terminate_at=None, **options):
     source = {}
     if not options.get("from_scratch"):
         source = {"checkpoint": f"{offline.args.run_dir}/checkpoint.pt", "dataset_path": str(ball_file)}
-    options = {**TINY_MARVEL, **MARVEL, **source, "run_dir": str(run_dir),
-               "save_dataset": f"{run_dir}.hdf5", **options}
+    options = {**TINY_MARVEL, **MARVEL, **source, "run_dir": str(run_dir), **options}
     run = finish(marvel_sac_pid, marvel_sac_pid.Args(**options))
     task = SimpleNamespace(env_id=TASK, obs_dim=8, act_dim=2)
-    run.calls, run.saved = calls, arrays(common.read_dataset(f"{run_dir}.hdf5", task))
+    run.calls, run.saved = calls, arrays(played(run_dir, task))
     return run
 
 
@@ -200,21 +204,25 @@ def check_targets_follow(targets, losses, tau, networks=("q", "qc")):
             torch.testing.assert_close(new - old, tau * way, rtol=1e-3, atol=1e-7)
 
 
-def check_last_evaluation(run, script):
-    """The last row's evaluation is what the checkpoint's policy gets."""
+def evaluation_of(run, script):
+    """What the checkpoint's policy gets, sampled with the run's seed and by its mean actions."""
     env, task = common.make_env(TASK)
     actor = script.Actor(task.obs_dim, task.act_dim)
     actor.load_state_dict(run.checkpoint["actor"])
     policy, rng = actor.numpy_policy(), np.random.default_rng(run.args.seed)
-    expected = {"sampled": common.evaluate(env, lambda obs: policy(obs, rng), run.args.eval_episodes),
-                "mean": common.evaluate(env, policy, run.args.eval_episodes)}
+    played = {"sampled": common.evaluate(env, lambda obs: policy(obs, rng), run.args.eval_episodes),
+              "mean": common.evaluate(env, policy, run.args.eval_episodes)}
     env.close()
-    assert expected["sampled"]["return"].mean() != expected["mean"]["return"].mean()
-    for how, result in expected.items():
-        for what in ("return", "cost"):
-            logged = run.metrics[f"eval_{how}_{what}"][-1]
-            assert logged == pytest.approx(result[what].mean(), rel=1e-4), (how, what)
-    return expected
+    return {f"eval_{how}_{what}": result[what].mean() for how, result in played.items()
+            for what in ("return", "cost")}
+
+
+def check_last_evaluation(run, script, policy_name):
+    """The last row's evaluation, and the checkpoint's own, are what the checkpoint's policy gets."""
+    expected = evaluation_of(run, script)
+    assert expected["eval_sampled_return"] != expected["eval_mean_return"]
+    assert {name: run.metrics[name][-1] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert run.checkpoint["evaluations"][policy_name] == pytest.approx(expected, rel=1e-6)
 
 
 # --- Pre-training ---
@@ -289,10 +297,8 @@ def test_penalty_raises_qc_of_the_policys_actions(tmp_path, monkeypatch, ball_fi
 
 
 def test_offline_last_row_and_checkpoint_evaluate_the_final_policy(offline):
-    expected = check_last_evaluation(offline, offline_pretrain)
-    for how, result in expected.items():
-        for what, numbers in result.items():
-            np.testing.assert_allclose(offline.checkpoint["evaluation"][how][what], numbers, rtol=1e-6)
+    check_last_evaluation(offline, offline_pretrain, "offline policy")
+    assert list(offline.checkpoint["evaluations"]) == ["offline policy"]
 
 
 # --- Value pre-alignment ---
@@ -302,8 +308,10 @@ def test_vpa_evaluates_the_frozen_offline_policy(online, offline):
     assert len(online.vpa) == 30
     for call in online.vpa:
         assert torch.equal(call.actor_parameters, snapshot(actor))
-        assert not any(p.requires_grad for p in call.actor.parameters())
-        assert call.actor is not online.actor_updates[0].actor
+        assert not call.actor_was_trained
+    first, second, *_ = online.after  # the first online targets are of the policy as it was handed over
+    assert torch.equal(first.actor_parameters, snapshot(actor)) and not first.actor_was_trained
+    assert not torch.equal(second.actor_parameters, snapshot(actor)) and second.actor_was_trained
 
 
 def test_vpa_learns_from_the_dataset_only(online, ball_data):
@@ -465,7 +473,14 @@ def test_entropy_weight_rises_below_the_entropy_target_and_falls_above(
 
 
 def test_online_last_row_evaluates_the_final_policy(online):
-    check_last_evaluation(online, marvel_sac_pid)
+    check_last_evaluation(online, marvel_sac_pid, "after finetuning")
+    assert list(online.checkpoint["evaluations"]) == ["offline policy", "after finetuning"]
+
+
+def test_online_run_starts_with_the_evaluation_of_the_offline_policy(online, offline):
+    start = SimpleNamespace(args=online.args, checkpoint=offline.checkpoint)
+    expected = evaluation_of(start, offline_pretrain)
+    assert online.checkpoint["evaluations"]["offline policy"] == pytest.approx(expected, rel=1e-6)
 
 
 # --- Multiplier ---
