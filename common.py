@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import os
+import random
 import shlex
 import signal
 import sys
@@ -55,8 +56,6 @@ def check_options(args: Any) -> None:
              f"--{name.replace('_', '-')} {value}: must be between {low} and {high:.4g}")
     need(not getattr(args, "from_scratch", False) or not (args.checkpoint or args.dataset_path),
          "--from-scratch takes neither --checkpoint nor --dataset-path")
-    need(getattr(args, "vpa_data", None) != "rollouts" or args.learning_starts > 0,
-         "--vpa-data rollouts needs --learning-starts of at least 1")
     need(not args.cuda or torch.cuda.is_available(), "--cuda: torch finds no GPU here")
 
 
@@ -106,11 +105,10 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
             spec = deepcopy(gym.spec(registered))
             horizon, spec.max_episode_steps = spec.max_episode_steps, None  # the time limit goes on last
             env = gym.make(spec, disable_env_checker=True)
-        for what, space in ("observation", env.observation_space), ("action", env.action_space):
-            need(isinstance(space, gym.spaces.Box) and len(space.shape) == 1,
-                 f"--env-id {env_id}: its {what} space must be a box of one dimension, not {space}")
-        need(np.isfinite([env.action_space.low, env.action_space.high]).all(),
-             f"--env-id {env_id}: its actions must have bounds")
+        spaces = env.observation_space, env.action_space
+        boxes = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+        need(boxes and spaces[1].is_bounded(),
+             f"--env-id {env_id}: observations and bounded actions must be boxes of one dimension: {spaces}")
         middle = (env.action_space.low + env.action_space.high) / 2
         reset_env(env, 0)
         if len(env.step(middle)) == 6:
@@ -142,15 +140,16 @@ def reset_env(env: gym.Env, seed: int) -> np.ndarray:
         np.random.seed(seed % 2**32)
         env.unwrapped.reset()
     np.random.seed(seed % 2**32)
+    random.seed(int(seed))  # an environment of one's own may draw from it
     return env.reset(seed=int(seed))[0].astype(np.float32)
 
 
 def evaluate(env: gym.Env, policy: Callable, episodes: int, seed: int = 10_000) -> dict[str, np.ndarray]:
-    """Play episodes with the seeds seed, seed + 1, ...; numpy's global random state is left as it was.
+    """Play episodes with the seeds seed, seed + 1, ...; global random states are left as they were.
 
     policy: observation (obs_dim,) -> action (act_dim,). Returns "return", "cost", "length", each (episodes,).
     """
-    state = np.random.get_state()
+    numpy_state, python_state = np.random.get_state(), random.getstate()
     result = {"return": np.zeros(episodes), "cost": np.zeros(episodes), "length": np.zeros(episodes, int)}
     for k in range(episodes):
         obs, done = reset_env(env, seed + k), False
@@ -159,7 +158,8 @@ def evaluate(env: gym.Env, policy: Callable, episodes: int, seed: int = 10_000) 
             obs, done = next_obs.astype(np.float32), terminated or truncated
             for key, value in ("return", reward), ("cost", info["cost"]), ("length", 1):
                 result[key][k] += value
-    np.random.set_state(state)
+    np.random.set_state(numpy_state)
+    random.setstate(python_state)
     return result
 
 

@@ -421,7 +421,7 @@ def main(args: Args) -> None:
     if not args.from_scratch and not aligned:
         evaluations["offline policy"] = evaluate()
         if args.vpa_data == "rollouts":
-            while count["env_steps"] < args.learning_starts:
+            while count["env_steps"] < max(1, args.learning_starts):
                 row = play_episode(actor.numpy_policy())
                 run.row(row["env_steps"], row)
             offline_data = {key: value[:count["env_steps"]] for key, value in storage.items()}

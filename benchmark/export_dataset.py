@@ -46,7 +46,7 @@ def episodes_of(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
     common.need(buffer and len(buffer["rewards"]), f"--checkpoint {path}: holds no episodes of an online run")
     data = {key: value.numpy() for key, value in buffer.items()}
     data["rewards"] = data["rewards"] / checkpoint["reward_scale"]
-    data["timeouts"] = data["timeouts"] * (1 - data["terminals"])  # where both come at once, the task has ended
+    data["timeouts"] = data["timeouts"] * (1 - data["terminals"])  # at both, the task has ended
     return data, {"task": checkpoint["env_id"], "seed": checkpoint["args"]["seed"]}
 
 

@@ -14,6 +14,8 @@ was refused. Then it is resumed, until it ends. What must hold:
   - whatever happens, no traceback.
 The last line says how often each thing happened, and how many of these checks failed.
 """
+import contextlib
+import io
 import json
 import os
 import random
@@ -148,7 +150,8 @@ def try_corrupted(soak: Soak, folder: Path, command: list[str], rng: random.Rand
         return
     if how == "byte":
         try:
-            accepted = equal(whole, numbers(folder))
+            with contextlib.redirect_stderr(io.StringIO()):
+                accepted = equal(whole, numbers(folder))
         except SystemExit:
             accepted = None  # refused; else the byte is one between the numbers, and nothing has changed
         soak.check(accepted is not False, f"{where}: accepted, with other numbers")

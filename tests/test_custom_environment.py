@@ -146,13 +146,13 @@ def test_actions_are_rescaled_to_the_box_of_the_task(register, low, high):
 
 # --- What does not fit ---
 @pytest.mark.parametrize(("custom", "says"), [
-    (dict(observation_space=gym.spaces.Dict(a=BOX(0, 1, (2,)))), "observation space must be a box"),
-    (dict(observation_space=gym.spaces.Discrete(3)), "observation space must be a box"),
-    (dict(observation_space=BOX(0, 255, (4, 4, 3), np.uint8)), "observation space must be a box"),
-    (dict(action_space=gym.spaces.Discrete(3)), "action space must be a box"),
-    (dict(action_space=gym.spaces.MultiDiscrete([2, 3])), "action space must be a box"),
-    (dict(action_space=BOX(-np.inf, np.inf, (2,))), "actions must have bounds"),
-    (dict(action_space=BOX(-1, np.inf, (2,))), "actions must have bounds"),
+    (dict(observation_space=gym.spaces.Dict(a=BOX(0, 1, (2,)))), "must be boxes of one dimension"),
+    (dict(observation_space=gym.spaces.Discrete(3)), "must be boxes of one dimension"),
+    (dict(observation_space=BOX(0, 255, (4, 4, 3), np.uint8)), "must be boxes of one dimension"),
+    (dict(action_space=gym.spaces.Discrete(3)), "must be boxes of one dimension"),
+    (dict(action_space=gym.spaces.MultiDiscrete([2, 3])), "must be boxes of one dimension"),
+    (dict(action_space=BOX(-np.inf, np.inf, (2,))), "bounded actions must be boxes"),
+    (dict(action_space=BOX(-1, np.inf, (2,))), "bounded actions must be boxes"),
     (dict(result=(0.0, False, False, {})), "no number info['cost']"),
     (dict(result=(0.0, False, False, {"cost": None})), "no number info['cost']"),
     (dict(result=(0.0, False, False, {"cost": np.zeros(2)})), "no number info['cost']"),

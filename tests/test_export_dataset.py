@@ -205,7 +205,7 @@ def test_file_that_is_no_checkpoint_is_refused(tmp_path, online, refusal):
         (tmp_path / name).write_bytes(content)
         assert f"{tmp_path / name}: not a readable checkpoint" in refusal(export, tmp_path / name, output)
     torch.save({"version": common.CHECKPOINT_VERSION - 1, "buffer": {}}, tmp_path / "old.pt")
-    assert "old.pt: not written by this version" in refusal(export, tmp_path / "old.pt", output)
+    assert "old.pt: damaged, or not written by this version" in refusal(export, tmp_path / "old.pt", output)
     for place in (tmp_path / "nowhere.pt", tmp_path):
         assert f"--checkpoint {place}: no such file" in refusal(export, place, output)
     assert not output.exists()

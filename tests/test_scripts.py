@@ -455,7 +455,6 @@ def test_unknown_option_ends_with_status_2(tmp_path):
     refused(offline_pretrain, "checkpoint_every", 0), refused(marvel_sac_pid, "checkpoint_every", 0),
     refused(marvel_sac_pid, "eval_episodes", 0),
     refused(marvel_sac_pid, "rollout_episodes", 0), refused(marvel_sac_pid, "cost_margin", 2.0),
-    pytest.param(marvel_sac_pid, {"learning_starts": 0, "vpa_data": "rollouts"}, id="rollouts-of-no-step"),
     refused(marvel_sac_pid, "utd", -1.0), refused(marvel_sac_pid, "lagrange_init", -1.0),
 ])
 def test_option_without_sense_is_refused_before_anything_is_written(
