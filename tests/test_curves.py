@@ -312,7 +312,7 @@ def test_checkpoint_that_is_none_is_refused_in_one_line(tmp_path, refusal):
         (folder / "checkpoint.pt").write_bytes(content)
         assert f"{folder / 'checkpoint.pt'}: not a readable checkpoint" in refusal(show, folder)
     torch.save({"version": common.CHECKPOINT_VERSION - 1}, folder / "checkpoint.pt")
-    assert f"{folder / 'checkpoint.pt'}: not written by this version" in refusal(show, folder)
+    assert f"{folder / 'checkpoint.pt'}: damaged, or not written by this version" in refusal(show, folder)
     assert not (folder / "curves.png").exists()
 
 
