@@ -46,11 +46,12 @@ import marvel_sac_pid as marvel  # noqa: E402
 import offline_pretrain as offline  # noqa: E402
 
 BULLET, MUJOCO = "SafetyBallCircle-v0", "SafetyHalfCheetahVelocityGymnasium-v1"
-ROWS = 100_000  # transitions of the made-up dataset
+BALL = common.Task(BULLET, obs_dim=8, act_dim=2, max_episode_steps=200)
 CAPTION = """Made by `python benchmark/throughput.py`.
 
 {cpu}, one thread, torch {torch}, load average {load} at the end; {rounds} rounds of {slice_seconds:g} s.
-Updates and acting: {obs_dim} observations, {act_dim} actions, batch {batch}, networks of 256 x 256.
+Updates and acting: {obs_dim} observations, {act_dim} actions, batch {batch}, networks of 256 x 256, from
+random networks on, on BallCircle's dataset.
 
 A cell is minimum / **median** / maximum over rounds. *script / this*: how many times as fast as the version
 of this row the script's own is; for matrix products that is the share of the floor that the script reaches.
@@ -67,21 +68,25 @@ class Args:
     slice_seconds: float = 0.4
     """seconds that a version runs in one round, at least one step"""
     obs_dim: int = 8
-    """observations of the made-up dataset"""
+    """observations in the updates and in acting; 8 are BallCircle's, beyond that they repeat"""
     act_dim: int = 2
-    """actions of the made-up dataset"""
+    """actions in the updates and in acting; 2 are BallCircle's, beyond that they repeat"""
     output: str = "benchmark/results/throughput.md"
     """file of the table"""
     peer: Literal["osrl"] | None = None
     """another project whose trainers are timed as well"""
 
 
-def fake_dataset(obs_dim: int, act_dim: int, rows: int = ROWS) -> dict[str, torch.Tensor]:
-    """Random transitions in the form of common.read_dataset: time does not depend on what they say."""
-    flag = torch.zeros(rows)
-    return dict(observations=torch.randn(rows, obs_dim), next_observations=torch.randn(rows, obs_dim),
-                actions=torch.rand(rows, act_dim) * 2 - 1, rewards=torch.randn(rows),
-                costs=(torch.rand(rows) < 0.1).to(flag), terminals=flag, timeouts=flag)
+def transitions(obs_dim: int, act_dim: int) -> dict[str, torch.Tensor]:
+    """BallCircle's shipped dataset, rewards scaled; its columns repeat where more than it has are asked for.
+
+    Noise would not do: more units die of it, whose moments in Adam decay to denormal numbers, which are slow.
+    """
+    data = common.read_dataset(common.SHIPPED_DATASETS / f"{BULLET}.hdf5", BALL)
+    data["rewards"] *= marvel.Args.reward_scale
+    for key, width in ("observations", obs_dim), ("next_observations", obs_dim), ("actions", act_dim):
+        data[key] = data[key][:, torch.arange(width) % data[key].shape[1]]
+    return data
 
 
 # --- The scripts' updates ---
@@ -89,7 +94,7 @@ def fake_dataset(obs_dim: int, act_dim: int, rows: int = ROWS) -> dict[str, torc
 # functions, as main does it; a test trains both and finds the same parameters, bit for bit.
 def start(obs_dim: int, act_dim: int, args: marvel.Args) -> SimpleNamespace:
     """What updates work on: the networks, in the order in which main makes them, threshold and controller."""
-    limit, horizon = offline.Args(), 200  # BallCircle's
+    limit, horizon = offline.Args(), BALL.max_episode_steps
     s = SimpleNamespace(actor=offline.Actor(obs_dim, act_dim), q=offline.Critic(2, obs_dim, act_dim),
                         qc=offline.Critic(1, obs_dim, act_dim), vae=offline.VAE(obs_dim, act_dim))
     for name in ("q", "qc", "actor"):
@@ -548,7 +553,7 @@ def osrl_trainers(data: dict[str, torch.Tensor], batch_size: int) -> dict[str, d
         common.stop(f"--peer osrl: needs a checkout of github.com/liuzuxin/OSRL on PYTHONPATH "
                     f"({common.first_line(error)})")
     arrays = {key: value.numpy() for key, value in data.items()}
-    loader = iter(torch.utils.data.DataLoader(TransitionDataset(arrays, reward_scale=0.1), batch_size))
+    loader = iter(torch.utils.data.DataLoader(TransitionDataset(arrays), batch_size))
     sizes = dict(state_dim=arrays["observations"].shape[1], action_dim=arrays["actions"].shape[1],
                  max_action=1.0, a_hidden_sizes=[256, 256], c_hidden_sizes=[256, 256], vae_hidden_sizes=400,
                  sample_action_num=10, beta=0.5, num_q=2, num_qc=2)
@@ -620,7 +625,7 @@ def main(args: Args) -> None:
         common.stop(f"--output {output}: must be a file in a folder that exists and can be written to")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    data, batch = fake_dataset(args.obs_dim, args.act_dim), marvel.Args.batch_size
+    data, batch = transitions(args.obs_dim, args.act_dim), marvel.Args.batch_size
     peers = osrl_trainers(data, batch) if args.peer == "osrl" else {}
 
     groups = {}
@@ -635,11 +640,11 @@ def main(args: Args) -> None:
     groups["acting"] = acting(start(args.obs_dim, args.act_dim, marvel.Args()), args.obs_dim)
     for env_id in (BULLET, MUJOCO):
         groups[f"{env_id} alone"] = {"one step": simulator(env_id)}
-    options, task = marvel.Args(), common.make_env(BULLET)[1]
+    options = marvel.Args()
     loop = f"{BULLET}, online loop, {options.utd:g} updates per step"
-    groups[loop] = {"script": online_loop(options, start(task.obs_dim, task.act_dim, options), BULLET)}
+    groups[loop] = {"script": online_loop(options, start(BALL.obs_dim, BALL.act_dim, options), BULLET)}
 
-    rates = measure(groups, {loop: task.max_episode_steps}, args.rounds, args.slice_seconds)
+    rates = measure(groups, {loop: BALL.max_episode_steps}, args.rounds, args.slice_seconds)
     caption = CAPTION.format(cpu=cpu_name(), torch=torch.__version__, batch=batch, **vars(args),
                              load=f"{os.getloadavg()[0]:.1f}")
     text = caption + table_rows(groups, rates)

@@ -134,9 +134,9 @@ BRANCHES = {"safe_share", "ood_share", "imitated_share", "ood_shortfall", "lagra
 @pytest.mark.parametrize("name", UPDATES)
 def test_update_equals_a_plain_version_of_it(name, double_precision):
     torch.manual_seed(0)
-    data = throughput.fake_dataset(5, 3, rows=500)
-    data["terminals"] = (torch.rand(500) < 0.3).double()
-    data["costs"] = torch.randn(500) / 10
+    data = dict(observations=torch.randn(500, 5), next_observations=torch.randn(500, 5),
+                actions=torch.rand(500, 3) * 2 - 1, rewards=torch.randn(500), costs=torch.randn(500) / 10,
+                terminals=(torch.rand(500) < 0.3).double())
     s, (options, script, plain) = start(5, 3, marvel.Args()), UPDATES[name]
     if name == "CPQ update":
         options = replace(options, ood_quantile=0.5)
@@ -165,6 +165,14 @@ def test_update_equals_a_plain_version_of_it(name, double_precision):
             torch.testing.assert_close(getattr(s, weight), getattr(p, weight), rtol=0, atol=1e-9)
 
 
+def test_columns_of_the_data_repeat():
+    own, wide = throughput.transitions(8, 2), throughput.transitions(11, 3)
+    assert own["observations"].shape == (93_800, 8) and own["actions"].shape == (93_800, 2)
+    assert torch.equal(wide["observations"][:, 8:], own["observations"][:, :3])
+    assert torch.equal(wide["actions"], own["actions"][:, [0, 1, 0]])
+    assert torch.equal(throughput.transitions(3, 1)["next_observations"], own["next_observations"][:, :3])
+
+
 def test_plain_mmd_of_sets_far_apart_and_of_equal_sets():
     x = torch.zeros(1, 3, 2)
     assert throughput.plain_mmd(x, x).item() == pytest.approx(1e-3)
@@ -188,7 +196,7 @@ def test_floor_is_the_matrix_products_of_forward_and_backward_and_no_others():
         "CPQ update": vae + targets + ood + fit + 2 * (actor + actor_backward) + (2 * 2 + 1 + 3) * critic,
         "BEAR-Lag update": vae + actor + 4 * 3 * critic + fit + actor + actor_backward + 2 * 3 * critic
                            + 4 * decoder}
-    data = throughput.fake_dataset(obs, act, rows)
+    data = throughput.transitions(obs, act)
     for name, (options, script, _) in UPDATES.items():
         update = script(options, start(obs, act, marvel.Args()))
         factors = throughput.matrix_products(lambda update=update: update(marvel.sample(data, rows)))
@@ -260,7 +268,7 @@ def test_peers_trainers_are_timed_with_and_without_their_loader(tmp_path, monkey
         setattr(algorithms, f"{name}Trainer", trainer)
 
     class Rows(torch.utils.data.IterableDataset):
-        def __init__(self, arrays, reward_scale):
+        def __init__(self, arrays):
             self.arrays = arrays
 
         def __iter__(self):
@@ -270,7 +278,7 @@ def test_peers_trainers_are_timed_with_and_without_their_loader(tmp_path, monkey
     parts.TransitionDataset = Rows
     for module in (package, algorithms, parts):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    trainers = throughput.osrl_trainers(throughput.fake_dataset(5, 3, rows=10), batch_size=4)
+    trainers = throughput.osrl_trainers(throughput.transitions(5, 3), batch_size=4)
     assert list(trainers) == ["CPQ update", "BEAR-Lag update"]
     for versions in trainers.values():
         assert list(versions) == ["OSRL", "OSRL with DataLoader"]
