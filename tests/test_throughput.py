@@ -7,7 +7,6 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
 
 import common
 import marvel_sac_pid as marvel
@@ -249,14 +248,21 @@ def test_bad_option_is_one_line(options, word, refusal, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_peer_is_one_line(tmp_path):
-    status, _, stderr = run_script("benchmark/throughput.py", "--peer", "osrl", "--output", tmp_path / "x.md",
-                                   cwd=tmp_path)
-    assert status == 2 and stderr.startswith("error: --peer osrl") and len(stderr.splitlines()) == 1
+@pytest.fixture
+def own_fsrl(monkeypatch):
+    """The stand-in for FSRL's loggers is gone after the test."""
+    for name in ("fsrl", "fsrl.utils"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_missing_peer_is_one_line(monkeypatch, own_fsrl, refusal, tmp_path):
+    monkeypatch.setitem(sys.modules, "osrl", None)  # as if it were not installed
+    options = throughput.Args(**QUICK, peer="osrl", output=str(tmp_path / "x.md"))
+    assert refusal(throughput.main, options).startswith("error: --peer osrl: needs a checkout")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_peers_trainers_are_timed_with_and_without_their_loader(tmp_path, monkeypatch):
+def test_peers_trainers_are_timed_with_and_without_their_loader(monkeypatch, own_fsrl):
     """With a stand-in for OSRL that has its interface and only counts."""
     steps = []
     package, algorithms, parts = ModuleType("osrl"), ModuleType("osrl.algorithms"), ModuleType("osrl.common")
