@@ -1,0 +1,658 @@
+"""How fast the scripts are on this CPU, on one thread: gradient steps, acting, the simulator, the whole loop.
+
+  python benchmark/throughput.py                # three to four minutes
+  python benchmark/throughput.py --peer osrl    # OSRL's trainers too, if its sources are on PYTHONPATH
+
+Every version runs for one short slice in every round, in shuffled order, and ratios are taken inside a round:
+what else the machine does then falls on all of them. An update is timed as in the scripts' loops, with the
+drawing of its batch, without logging and progress bar, against
+
+  plain            the same update as one writes it first: a network per critic, torch.distributions, Adam as
+                   it comes, a loop over the target's parameters. A test holds its results to the script's
+  matrix products  nothing but the products of the script's update, forward and backward, into memory that is
+                   there before: the floor
+  OSRL             its trainer on one batch that is ready, and with its DataLoader (no workers): settings of
+                   its examples, our batch size. Its CPQ and BEAR-Lag are not the same functions (README)
+"""
+import contextlib
+import io
+import math
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Literal
+
+import tyro
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second pool of threads slows both down
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch.distributions import Normal, TanhTransform, kl_divergence  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+import marvel_sac_pid as marvel  # noqa: E402
+import offline_pretrain as offline  # noqa: E402
+
+BULLET, MUJOCO = "SafetyBallCircle-v0", "SafetyHalfCheetahVelocityGymnasium-v1"
+BALL = common.Task(BULLET, obs_dim=8, act_dim=2, max_episode_steps=200)
+CAPTION = """Made by `python benchmark/throughput.py`.
+
+{cpu}, one thread, torch {torch}, load average {load} at the end; {rounds} rounds of {slice_seconds:g} s.
+Updates and acting: {obs_dim} observations, {act_dim} actions, batch {batch}, networks of 256 x 256, from
+random networks on, on BallCircle's dataset.
+
+A cell is minimum / **median** / maximum over rounds. *script / this*: how many times as fast as the version
+of this row the script's own is; for matrix products that is the share of the floor that the script reaches.
+
+| what | version | per second | per CPU second | µs of CPU each | script / this | script / this, CPU |
+|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass
+class Args:
+    rounds: int = 25
+    """rounds; in each, every version runs once"""
+    slice_seconds: float = 0.4
+    """seconds that a version runs in one round, at least one step"""
+    obs_dim: int = 8
+    """observations in the updates and in acting; 8 are BallCircle's, beyond that they repeat"""
+    act_dim: int = 2
+    """actions in the updates and in acting; 2 are BallCircle's, beyond that they repeat"""
+    output: str = "benchmark/results/throughput.md"
+    """file of the table"""
+    peer: Literal["osrl"] | None = None
+    """another project whose trainers are timed as well"""
+
+
+def transitions(obs_dim: int, act_dim: int) -> dict[str, torch.Tensor]:
+    """BallCircle's shipped dataset, rewards scaled; its columns repeat where more than it has are asked for.
+
+    Noise would not do: more units die of it, whose moments in Adam decay to denormal numbers, which are slow.
+    """
+    data = common.read_dataset(common.SHIPPED_DATASETS / f"{BULLET}.hdf5", BALL)
+    data["rewards"] *= marvel.Args.reward_scale
+    for key, width in ("observations", obs_dim), ("next_observations", obs_dim), ("actions", act_dim):
+        data[key] = data[key][:, torch.arange(width) % data[key].shape[1]]
+    return data
+
+
+# --- The scripts' updates ---
+# In the scripts they are closures inside main, out of reach. Here they are put together from the scripts' own
+# functions, as main does it; a test trains both and finds the same parameters, bit for bit.
+def start(obs_dim: int, act_dim: int, args: marvel.Args) -> SimpleNamespace:
+    """What updates work on: the networks, in the order in which main makes them, threshold and controller."""
+    limit, horizon = offline.Args(), BALL.max_episode_steps
+    s = SimpleNamespace(actor=offline.Actor(obs_dim, act_dim), q=offline.Critic(2, obs_dim, act_dim),
+                        qc=offline.Critic(1, obs_dim, act_dim), vae=offline.VAE(obs_dim, act_dim))
+    for name in ("q", "qc", "actor"):
+        setattr(s, f"{name}_target", deepcopy(getattr(s, name)).requires_grad_(False))
+    s.qc_threshold = limit.cost_limit / horizon * (1 - limit.gamma**horizon) / (1 - limit.gamma)
+    s.controller = marvel.PIDLagrangian(
+        args.cost_limit * (1 - args.cost_margin), args.kp, args.ki, args.kd, adapt_rate=args.adapt_rate,
+        lagrange_init=0.5 if isinstance(args.lagrange_init, str) else args.lagrange_init,
+        lagrange_max=args.lagrange_max)
+    return s
+
+
+def offline_update(args: offline.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
+    """The update of offline_pretrain.py for args.algo: a batch in, what main logs out."""
+    critic_params, actor_params = [*s.q.parameters(), *s.qc.parameters()], list(s.actor.parameters())
+    target_params = [*s.q_target.parameters(), *s.qc_target.parameters(), *s.actor_target.parameters()]
+    critic_optimizer = torch.optim.Adam(critic_params, args.critic_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(actor_params, args.actor_lr, fused=True)
+    vae_optimizer = torch.optim.Adam(s.vae.parameters(), args.vae_lr, fused=True)
+    pid = offline.CriticPID(args.kp, args.ki, args.kd)
+    s.log_mmd_weight = log_mmd_weight = torch.zeros((), requires_grad=True)
+    mmd_optimizer = torch.optim.Adam([log_mmd_weight], args.critic_lr)
+
+    def minimise(loss, optimizer):
+        optimizer.zero_grad()
+        loss.backward(inputs=optimizer.param_groups[0]["params"])
+        optimizer.step()
+
+    def update_critics(batch, targets, penalty=0.0):
+        q_loss, qc_loss = offline.critic_loss(batch, s.q, s.qc, *targets)
+        minimise(q_loss + qc_loss + penalty, critic_optimizer)
+        return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=targets[0].mean(), qc_mean=targets[1].mean())
+
+    def update_cpq(batch):
+        vae_loss, kl = s.vae.loss(batch["observations"], batch["actions"], args.vae_beta)
+        minimise(vae_loss, vae_optimizer)
+        targets = offline.cpq_targets(batch, s.actor, s.q_target, s.qc_target, args.gamma, s.qc_threshold)
+        shortfall, ood_share = offline.ood_shortfall(
+            batch["observations"], s.actor, s.vae, s.qc, args.ood_actions, kl.quantile(args.ood_quantile),
+            s.qc_threshold)
+        losses = update_critics(batch, targets, args.ood_weight * shortfall)
+        loss, safe, imitated = offline.actor_loss(batch, s.actor, s.q, s.qc, s.qc_threshold, args.bc_weight)
+        minimise(loss, actor_optimizer)
+        return losses | dict(actor_loss=loss, vae_loss=vae_loss, safe_share=safe, ood_share=ood_share,
+                             imitated_share=imitated, ood_shortfall=shortfall)
+
+    def update_bear_lag(batch):
+        vae_loss, _ = s.vae.loss(batch["observations"], batch["actions"], args.vae_beta)
+        minimise(vae_loss, vae_optimizer)
+        losses = update_critics(batch, offline.bear_targets(
+            batch, s.actor_target, s.q_target, s.qc_target, args.gamma, args.bear_actions))
+        loss, policy_qc, distance = offline.bear_loss(
+            batch["observations"], s.actor, s.vae, s.q, s.qc, args.bear_actions, pid.multiplier,
+            log_mmd_weight.detach().exp())
+        minimise(loss, actor_optimizer)
+        pid.update(policy_qc.item() - s.qc_threshold)
+        minimise(-log_mmd_weight.exp() * (distance - args.mmd_limit), mmd_optimizer)
+        log_mmd_weight.data.clamp_(-5, 10)
+        multiplier, mmd_weight = torch.tensor(pid.multiplier), log_mmd_weight.exp()
+        return losses | dict(actor_loss=loss, vae_loss=vae_loss, policy_qc=policy_qc, mmd=distance,
+                             lagrange_multiplier=multiplier, mmd_weight=mmd_weight)
+
+    def update(batch):
+        losses = {"cpq": update_cpq, "bear-lag": update_bear_lag}[args.algo](batch)
+        with torch.no_grad():
+            torch._foreach_lerp_(target_params, critic_params + actor_params, args.tau)
+        return losses
+
+    return update
+
+
+def soft_critics_update(args: marvel.Args, s: SimpleNamespace) -> Callable[..., dict]:
+    """marvel_sac_pid.py's update_critics(batch, policy, alpha, alpha_cost, tau)."""
+    critic_params = [*s.q.parameters(), *s.qc.parameters()]
+    target_params = [*s.q_target.parameters(), *s.qc_target.parameters()]
+    critic_optimizer = torch.optim.Adam(critic_params, args.critic_lr, fused=True)
+
+    def update_critics(batch, policy, alpha, alpha_cost, tau):
+        targets = marvel.soft_targets(batch, policy, s.q_target, s.qc_target, args.gamma, alpha, alpha_cost)
+        q_loss, qc_loss = marvel.critic_loss(batch, s.q, s.qc, *targets)
+        critic_optimizer.zero_grad()
+        (q_loss + qc_loss).backward()
+        critic_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(target_params, critic_params, tau)
+        return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=targets[0].mean(), qc_mean=targets[1].mean())
+
+    return update_critics
+
+
+def vpa_update(args: marvel.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
+    """One step of value pre-alignment."""
+    update_critics, offline_policy = soft_critics_update(args, s), deepcopy(s.actor).requires_grad_(False)
+    return lambda batch: update_critics(batch, offline_policy, args.vpa_alpha, args.vpa_alpha_cost,
+                                        args.vpa_tau)
+
+
+def online_update(args: marvel.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
+    """One gradient step of online SAC: critics, actor, entropy weight."""
+    update_critics, actor_params = soft_critics_update(args, s), list(s.actor.parameters())
+    actor_optimizer = torch.optim.Adam(actor_params, args.actor_lr, fused=True)
+    s.log_alpha = log_alpha = torch.tensor(math.log(max(args.alpha, 1e-8)), requires_grad=True)
+    alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
+    act_dim = s.actor.head.out_features // 2
+
+    def update(batch):
+        alpha = log_alpha.detach().exp()
+        losses = update_critics(batch, s.actor, alpha, 0.0, args.tau)
+        loss, log_prob = marvel.actor_loss(batch["observations"], s.actor, s.q, s.qc, alpha,
+                                           s.controller.multiplier)
+        actor_optimizer.zero_grad()
+        loss.backward(inputs=actor_params)
+        actor_optimizer.step()
+        if args.autotune:
+            alpha_loss = -(log_alpha.exp() * (log_prob - act_dim)).mean()
+            alpha_optimizer.zero_grad()
+            alpha_loss.backward()
+            alpha_optimizer.step()
+        return losses | dict(actor_loss=loss, alpha=alpha, entropy=-log_prob.mean())
+
+    return update
+
+
+def online_loop(args: marvel.Args, s: SimpleNamespace, env_id: str) -> Callable[[], None]:
+    """The online loop of marvel_sac_pid.py: a call plays one episode, then makes its gradient steps."""
+    env, task = common.make_env(env_id)
+    update, rng, policy = online_update(args, s), np.random.default_rng(args.seed), s.actor.numpy_policy()
+    capacity = args.total_timesteps + task.max_episode_steps
+    widths = dict(observations=(task.obs_dim,), next_observations=(task.obs_dim,), actions=(task.act_dim,))
+    storage = {key: torch.zeros(capacity, *widths.get(key, ())) for key in common.DATASET_KEYS}
+    count = dict(env_steps=0)
+
+    def block():
+        if count["env_steps"] >= args.total_timesteps:  # where main ends, this starts to fill it again
+            count["env_steps"] = 0
+        first, episode_cost = count["env_steps"], 0.0
+        obs, done = common.reset_env(env, int(rng.integers(2**31))), False
+        while not done:
+            action = policy(obs, rng)
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            next_obs, done, cost = next_obs.astype(np.float32), terminated or truncated, info["cost"]
+            transition = obs, next_obs, action, args.reward_scale * reward, cost, terminated, truncated
+            for key, value in zip(common.DATASET_KEYS, transition, strict=True):
+                storage[key][count["env_steps"]] = torch.as_tensor(value)
+            obs, count["env_steps"] = next_obs, count["env_steps"] + 1
+            episode_cost += float(cost)
+        s.controller.update(episode_cost)
+        online_data = {key: value[:count["env_steps"]] for key, value in storage.items()}
+        for _ in range(int(args.utd * count["env_steps"]) - int(args.utd * first)):
+            update(marvel.sample(online_data, args.batch_size))
+
+    return block
+
+
+# --- The same updates, plainly ---
+class PlainActor(nn.Module):
+    """CleanRL's SAC actor, with the weights of ours: a head for the mean and one for the log std."""
+
+    def __init__(self, actor: nn.Module):
+        super().__init__()
+        self.fc1, self.fc2 = deepcopy(actor.fc1), deepcopy(actor.fc2)
+        act_dim = actor.head.out_features // 2
+        self.fc_mean, self.fc_logstd = (nn.Linear(actor.head.in_features, act_dim) for _ in range(2))
+        self.fc_mean.weight.data, self.fc_logstd.weight.data = deepcopy(actor.head.weight.data).split(act_dim)
+        self.fc_mean.bias.data, self.fc_logstd.bias.data = deepcopy(actor.head.bias.data).split(act_dim)
+
+    def normal(self, obs):
+        x = F.relu(self.fc2(F.relu(self.fc1(obs))))
+        return Normal(self.fc_mean(x), self.fc_logstd(x).clamp(-5, 2).exp())
+
+    def forward(self, obs):
+        normal = self.normal(obs)
+        u = normal.rsample()
+        act = torch.tanh(u)
+        return act, (normal.log_prob(u) - TanhTransform().log_abs_det_jacobian(u, act)).sum(-1)
+
+
+def separate(critic: nn.Module) -> nn.ModuleList:
+    """A stacked critic as one network of its own per member."""
+    members = nn.ModuleList()
+    for k in range(len(critic.weights[0])):
+        layers = []
+        for weight, bias in zip(critic.weights, critic.biases, strict=True):
+            layers += [nn.Linear(*weight.shape[1:]), nn.ReLU()]
+            layers[-2].weight.data = weight.data[k].T.clone(memory_format=torch.contiguous_format)
+            layers[-2].bias.data = bias.data[k, 0].clone()
+        members.append(nn.Sequential(*layers[:-1]))
+    return members
+
+
+def plain_start(s: SimpleNamespace) -> SimpleNamespace:
+    """Plain networks with the parameters of ours."""
+    return SimpleNamespace(
+        actor=PlainActor(s.actor), actor_target=PlainActor(s.actor_target), encoder=deepcopy(s.vae.encoder),
+        decoder=deepcopy(s.vae.decoder), q=separate(s.q), q_target=separate(s.q_target), qc=separate(s.qc),
+        qc_target=separate(s.qc_target), qc_threshold=s.qc_threshold, controller=s.controller)
+
+
+def values(critics, obs, act):
+    return torch.stack([critic(torch.cat([obs, act], 1)).squeeze(1) for critic in critics])
+
+
+def descend(loss, optimizer):
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def polyak(network, target, tau):
+    for param, target_param in zip(network.parameters(), target.parameters(), strict=True):
+        target_param.data.copy_(tau * param.data + (1 - tau) * target_param.data)
+
+
+def plain_critics(args, p: SimpleNamespace) -> Callable[..., dict]:
+    """A gradient step of every critic towards the targets y and yc."""
+    q_optimizer = torch.optim.Adam(p.q.parameters(), lr=args.critic_lr)
+    qc_optimizer = torch.optim.Adam(p.qc.parameters(), lr=args.critic_lr)
+
+    def update(batch, y, yc, penalty=0.0):
+        q_loss = sum(F.mse_loss(q, y) for q in values(p.q, batch["observations"], batch["actions"]))
+        qc_loss = sum(F.mse_loss(qc, yc) for qc in values(p.qc, batch["observations"], batch["actions"]))
+        descend(q_loss, q_optimizer)
+        descend(qc_loss + penalty, qc_optimizer)
+        return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=y.mean(), qc_mean=yc.mean())
+
+    return update
+
+
+def plain_soft_critics(args: marvel.Args, p: SimpleNamespace) -> Callable[..., dict]:
+    """SAC's update of the critics, with entropy weights for reward and cost."""
+    fit = plain_critics(args, p)
+
+    def update(batch, policy, alpha, alpha_cost, tau):
+        with torch.no_grad():
+            next_act, log_prob = policy(batch["next_observations"])
+            q = values(p.q_target, batch["next_observations"], next_act).min(0).values - alpha * log_prob
+            qc = values(p.qc_target, batch["next_observations"], next_act).mean(0) - alpha_cost * log_prob
+            y = batch["rewards"] + (1 - batch["terminals"]) * args.gamma * q
+            yc = batch["costs"] + (1 - batch["terminals"]) * args.gamma * qc
+        losses = fit(batch, y, yc)
+        polyak(p.q, p.q_target, tau)
+        polyak(p.qc, p.qc_target, tau)
+        return losses
+
+    return update
+
+
+def plain_vpa(args: marvel.Args, p: SimpleNamespace) -> Callable[[dict], dict]:
+    """One step of value pre-alignment."""
+    update = plain_soft_critics(args, p)
+    return lambda batch: update(batch, p.actor, args.vpa_alpha, args.vpa_alpha_cost, args.vpa_tau)
+
+
+def plain_online(args: marvel.Args, p: SimpleNamespace) -> Callable[[dict], dict]:
+    """One gradient step of SAC-Lagrangian."""
+    update_critics = plain_soft_critics(args, p)
+    actor_optimizer = torch.optim.Adam(p.actor.parameters(), lr=args.actor_lr)
+    p.log_alpha = torch.tensor(math.log(args.alpha), requires_grad=True)
+    alpha_optimizer = torch.optim.Adam([p.log_alpha], lr=args.actor_lr)
+
+    def update(batch):
+        obs, alpha, multiplier = batch["observations"], p.log_alpha.exp().item(), p.controller.multiplier
+        losses = update_critics(batch, p.actor, alpha, 0.0, args.tau)
+        act, log_prob = p.actor(obs)
+        q, qc = values(p.q, obs, act).min(0).values, values(p.qc, obs, act).mean(0)
+        actor_loss = ((alpha * log_prob - q + multiplier * qc) / (1 + multiplier)).mean()
+        descend(actor_loss, actor_optimizer)
+        descend((-p.log_alpha.exp() * (log_prob.detach() - act.shape[1])).mean(), alpha_optimizer)
+        return losses | dict(actor_loss=actor_loss, entropy=-log_prob.mean())
+
+    return update
+
+
+def plain_vae(args: offline.Args, p: SimpleNamespace) -> tuple[Callable, Callable]:
+    """The VAE's KL (batch,) of an action with its posterior, and its gradient step."""
+    vae_optimizer = torch.optim.Adam([*p.encoder.parameters(), *p.decoder.parameters()], lr=args.vae_lr)
+
+    def encode(obs, act):
+        mean, log_std = p.encoder(torch.cat([obs, act], 1)).chunk(2, 1)
+        posterior = Normal(mean, log_std.clamp(-4, 15).exp())
+        return kl_divergence(posterior, Normal(0.0, 1.0)).sum(1), posterior
+
+    def update(obs, act):
+        kl, posterior = encode(obs, act)
+        reconstruction = p.decoder(torch.cat([obs, posterior.rsample()], 1))
+        loss = ((reconstruction - act) ** 2).sum(1).mean() + args.vae_beta * kl.mean()
+        descend(loss, vae_optimizer)
+        return loss, kl.detach()
+
+    return encode, update
+
+
+def plain_cpq(args: offline.Args, p: SimpleNamespace) -> Callable[[dict], dict]:
+    """One gradient step of CPQ, with the penalty and the imitation of offline_pretrain.py."""
+    fit, (encode, update_vae) = plain_critics(args, p), plain_vae(args, p)
+    actor_optimizer = torch.optim.Adam(p.actor.parameters(), lr=args.actor_lr)
+
+    def update(batch):
+        obs, act, next_obs = batch["observations"], batch["actions"], batch["next_observations"]
+        vae_loss, kl = update_vae(obs, act)
+        with torch.no_grad():
+            next_act, _ = p.actor(next_obs)
+            next_q = values(p.q_target, next_obs, next_act).min(0).values
+            next_qc = values(p.qc_target, next_obs, next_act).mean(0)
+            next_q = torch.where(next_qc <= p.qc_threshold, next_q, 0.0)
+            y = batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_q
+            yc = batch["costs"] + args.gamma * (1 - batch["terminals"]) * next_qc
+            ood_obs = torch.cat([obs] * args.ood_actions)
+            ood_act, _ = p.actor(ood_obs)
+            ood = encode(ood_obs, ood_act)[0] > torch.quantile(kl, args.ood_quantile)
+        shortfall = (p.qc_threshold - values(p.qc, ood_obs, ood_act).mean(0)).clamp(min=0)
+        shortfall = torch.where(ood, shortfall, 0.0).sum() / max(ood.sum().item(), 1)
+        losses = fit(batch, y, yc, args.ood_weight * shortfall)
+
+        new_act, _ = p.actor(obs)
+        q = values(p.q, obs, new_act).min(0).values
+        with torch.no_grad():
+            safe = values(p.qc, obs, new_act).mean(0) <= p.qc_threshold
+            good = values(p.qc, obs, act).mean(0) <= p.qc_threshold
+            good &= values(p.q, obs, act).min(0).values >= q
+        u = torch.atanh(act.clamp(-0.995, 0.995))
+        log_prob = (p.actor.normal(obs).log_prob(u) + 0.5 * math.log(2 * math.pi)).sum(1)  # without constants
+        actor_loss = -torch.where(safe, q, 0.0).mean() / q.detach().abs().mean().clamp(min=1e-6)
+        actor_loss = actor_loss - args.bc_weight * torch.where(good, log_prob, 0.0).mean()
+        descend(actor_loss, actor_optimizer)
+        for name in ("q", "qc", "actor"):
+            polyak(getattr(p, name), getattr(p, f"{name}_target"), args.tau)
+        return losses | dict(actor_loss=actor_loss, vae_loss=vae_loss, ood_shortfall=shortfall)
+
+    return update
+
+
+def plain_mmd(x, y, sigma=50.0):
+    """MMD (batch,) of two sets of actions, each (batch, n, act_dim), in the form of BEAR's code."""
+    def kernel(a, b):
+        squares = ((a.unsqueeze(2) - b.unsqueeze(1)) ** 2).sum(-1)
+        return torch.mean(torch.exp(-squares / (2 * sigma)), dim=(1, 2))
+
+    return (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y) + 1e-6).sqrt()
+
+
+def plain_bear_lag(args: offline.Args, p: SimpleNamespace) -> Callable[[dict], dict]:
+    """One gradient step of BEAR-Lag."""
+    fit, (_, update_vae), n = plain_critics(args, p), plain_vae(args, p), args.bear_actions
+    actor_optimizer = torch.optim.Adam(p.actor.parameters(), lr=args.actor_lr)
+    p.log_mmd_weight = torch.tensor(0.0, requires_grad=True)
+    mmd_optimizer = torch.optim.Adam([p.log_mmd_weight], lr=args.critic_lr)
+    pid = SimpleNamespace(error=0.0, integral=0.0, multiplier=0.0)
+
+    def update(batch):
+        obs, next_obs, size = batch["observations"], batch["next_observations"], len(batch["rewards"])
+        vae_loss, _ = update_vae(obs, batch["actions"])
+        with torch.no_grad():
+            next_act = torch.tanh(p.actor_target.normal(next_obs).sample((n,))).reshape(n * size, -1)
+            q = values(p.q_target, torch.cat([next_obs] * n), next_act)
+            q = 0.75 * q.min(0).values + 0.25 * q.max(0).values
+            qc = values(p.qc_target, torch.cat([next_obs] * n), next_act).mean(0)
+            discount = args.gamma * (1 - batch["terminals"])
+            y = batch["rewards"] + discount * q.reshape(n, size).max(0).values
+            yc = batch["costs"] + discount * qc.reshape(n, size).mean(0)
+        losses = fit(batch, y, yc)
+
+        act = torch.tanh(p.actor.normal(obs).rsample((n,)))
+        with torch.no_grad():
+            z = torch.randn(n, size, 2 * act.shape[2]).clamp(-0.5, 0.5)
+            data_act = p.decoder(torch.cat([torch.stack([obs] * n), z], 2))
+        mmd = plain_mmd(act.transpose(0, 1), data_act.transpose(0, 1)).mean()
+        q, qc = values(p.q, obs, act[0]).min(0).values.mean(), values(p.qc, obs, act[0]).mean()
+        actor_loss = (pid.multiplier * qc - q) / (1 + pid.multiplier) + p.log_mmd_weight.exp().item() * mmd
+        descend(actor_loss, actor_optimizer)
+
+        error = qc.item() - p.qc_threshold
+        pid.integral = max(0.0, pid.integral + error)
+        pid.multiplier = args.kp * max(0.0, error) + args.ki * pid.integral
+        pid.multiplier, pid.error = pid.multiplier + args.kd * max(0.0, error - pid.error), error
+        descend(-p.log_mmd_weight.exp() * (mmd.detach() - args.mmd_limit), mmd_optimizer)
+        p.log_mmd_weight.data.clamp_(-5, 10)
+        for name in ("q", "qc", "actor"):
+            polyak(getattr(p, name), getattr(p, f"{name}_target"), args.tau)
+        return losses | dict(actor_loss=actor_loss, vae_loss=vae_loss, mmd=mmd)
+
+    return update
+
+
+UPDATES = {"CPQ update": (offline.Args(algo="cpq"), offline_update, plain_cpq),
+           "BEAR-Lag update": (offline.Args(algo="bear-lag"), offline_update, plain_bear_lag),
+           "VPA update": (marvel.Args(), vpa_update, plain_vpa),
+           "online update": (marvel.Args(), online_update, plain_online)}
+
+
+# --- The floor ---
+class Products(TorchDispatchMode):
+    """Collects the two factors of every matrix product that runs under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.factors = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm,
+                                   torch.ops.aten.baddbmm):
+            self.factors.append(tuple(x.detach() for x in args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+
+def matrix_products(step: Callable[[], object]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The factors of the matrix products of one step, forward and backward, as they lie in its memory."""
+    with Products() as products:
+        step()
+    return products.factors
+
+
+def floor(factors: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
+    """A call makes all these products, into memory that is there already."""
+    calls = [(torch.mm if a.ndim == 2 else torch.bmm, a, b, a @ b) for a, b in factors]
+
+    def run():
+        for product, a, b, result in calls:
+            product(a, b, out=result)
+
+    return run
+
+
+# --- Acting, simulator, peer ---
+def acting(s: SimpleNamespace, obs_dim: int) -> dict[str, Callable[[], object]]:
+    """An action for one observation: the script's, its mean, and with the plain network."""
+    rng, policy, plain = np.random.default_rng(0), s.actor.numpy_policy(), PlainActor(s.actor)
+    obs = rng.standard_normal(obs_dim, np.float32)
+    return {"script, sampled": lambda: policy(obs, rng), "script, mean": lambda: policy(obs),
+            "plain, sampled": lambda: plain(torch.as_tensor(obs)[None])[0].detach().numpy()[0]}
+
+
+def simulator(env_id: str) -> Callable[[], None]:
+    """A call is one step of the task with a uniform action, and a reset where an episode ends."""
+    (env, task), rng = common.make_env(env_id), np.random.default_rng(0)
+    common.reset_env(env, 0)
+
+    def step():
+        _, _, terminated, truncated, _ = env.step(rng.uniform(-1, 1, task.act_dim).astype(np.float32))
+        if terminated or truncated:
+            common.reset_env(env, int(rng.integers(2**31)))
+
+    return step
+
+
+def osrl_trainers(data: dict[str, torch.Tensor], batch_size: int) -> dict[str, dict[str, Callable]]:
+    """A step of OSRL's CPQ and BEAR-Lag trainers, per update of ours, without and with its DataLoader."""
+    logger = SimpleNamespace(store=lambda **values: None)
+    loggers = SimpleNamespace(DummyLogger=lambda: logger, WandbLogger=None)  # all that it takes from fsrl
+    sys.modules["fsrl"], sys.modules["fsrl.utils"] = ModuleType("fsrl"), loggers
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints which packages it misses
+            from osrl.algorithms import BEARL, CPQ, BEARLTrainer, CPQTrainer
+            from osrl.common import TransitionDataset
+    except ImportError as error:
+        common.stop(f"--peer osrl: needs a checkout of github.com/liuzuxin/OSRL on PYTHONPATH "
+                    f"({common.first_line(error)})")
+    arrays = {key: value.numpy() for key, value in data.items()}
+    loader = iter(torch.utils.data.DataLoader(TransitionDataset(arrays), batch_size))
+    sizes = dict(state_dim=arrays["observations"].shape[1], action_dim=arrays["actions"].shape[1],
+                 max_action=1.0, a_hidden_sizes=[256, 256], c_hidden_sizes=[256, 256], vae_hidden_sizes=400,
+                 sample_action_num=10, beta=0.5, num_q=2, num_qc=2)
+    rates, ready = dict(actor_lr=1e-4, critic_lr=1e-3, vae_lr=1e-3), next(loader)
+    trainers = {"CPQ update": CPQTrainer(CPQ(**sizes), None, logger, **rates),
+                "BEAR-Lag update": BEARLTrainer(BEARL(**sizes, start_update_policy_step=0), None, logger,
+                                                **rates | {"actor_lr": 1e-3})}
+    return {name: {"OSRL": lambda step=trainer.train_one_step: step(*ready),
+                   "OSRL with DataLoader": lambda step=trainer.train_one_step: step(*next(loader))}
+            for name, trainer in trainers.items()}
+
+
+# --- Measuring ---
+def measure(groups: dict[str, dict[str, Callable]], units: dict[str, int], rounds: int,
+            slice_seconds: float) -> dict[tuple[str, str], np.ndarray]:
+    """Calls per second and per CPU second of every version, (rounds, 2), times the group's units per call."""
+    order, shuffler = [(group, version) for group in groups for version in groups[group]], random.Random(0)
+    rates = {key: [] for key in order}
+    for group, version in order:  # optimisers make their memory in the first step
+        groups[group][version]()
+    for _ in tqdm(range(rounds), "rounds"):
+        shuffler.shuffle(order)
+        for group, version in order:
+            call, calls, cpu, wall = groups[group][version], 0, time.process_time(), time.perf_counter()
+            while calls == 0 or time.perf_counter() - wall < slice_seconds:
+                call()
+                calls += 1
+            seconds = np.array([time.perf_counter() - wall, time.process_time() - cpu])
+            rates[group, version].append(units.get(group, 1) * calls / seconds)
+    return {key: np.array(rate) for key, rate in rates.items()}
+
+
+def spread(numbers: np.ndarray) -> str:
+    """Minimum / median / maximum."""
+    low, middle, high = (f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in np.quantile(numbers, [0, 0.5, 1]))
+    return f"{low} / **{middle}** / {high}"
+
+
+def table_rows(groups: dict[str, dict[str, Callable]], rates: dict[tuple[str, str], np.ndarray]) -> str:
+    """The lines of the table; a group's first version is the script's own."""
+    lines = []
+    for group, versions in groups.items():
+        script = rates[group, next(iter(versions))]
+        for version in versions:
+            rate = rates[group, version]
+            ratio = [spread(x) for x in (script / rate).T] if rate is not script else ["", ""]
+            cells = [group, version, *map(spread, rate.T), spread(1e6 / rate[:, 1]), *ratio]
+            lines.append("| " + " | ".join(cells) + " |\n")
+    return "".join(lines)
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
+
+
+def main(args: Args) -> None:
+    for name in ("rounds", "obs_dim", "act_dim"):
+        if not 1 <= getattr(args, name) <= 10_000:
+            common.stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be between 1 and 10000")
+    if not 0 < args.slice_seconds <= 60:
+        common.stop(f"--slice-seconds {args.slice_seconds}: must be above 0 and at most 60")
+    output = Path(args.output)
+    if output.is_dir() or not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
+        common.stop(f"--output {output}: must be a file in a folder that exists and can be written to")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data, batch = transitions(args.obs_dim, args.act_dim), marvel.Args.batch_size
+    peers = osrl_trainers(data, batch) if args.peer == "osrl" else {}
+
+    groups = {}
+    for name, (options, script, plain) in UPDATES.items():
+        def step(update):
+            return lambda: update(marvel.sample(data, batch))
+
+        s = start(args.obs_dim, args.act_dim, marvel.Args())
+        groups[name] = {"script": step(script(options, s)), "plain": step(plain(options, plain_start(s)))}
+        groups[name]["matrix products"] = floor(matrix_products(step(script(options, deepcopy(s)))))
+        groups[name] |= peers.get(name, {})
+    groups["acting"] = acting(start(args.obs_dim, args.act_dim, marvel.Args()), args.obs_dim)
+    for env_id in (BULLET, MUJOCO):
+        groups[f"{env_id} alone"] = {"one step": simulator(env_id)}
+    options = marvel.Args()
+    loop = f"{BULLET}, online loop, {options.utd:g} updates per step"
+    groups[loop] = {"script": online_loop(options, start(BALL.obs_dim, BALL.act_dim, options), BULLET)}
+
+    rates = measure(groups, {loop: BALL.max_episode_steps}, args.rounds, args.slice_seconds)
+    caption = CAPTION.format(cpu=cpu_name(), torch=torch.__version__, batch=batch, **vars(args),
+                             load=f"{os.getloadavg()[0]:.1f}")
+    text = caption + table_rows(groups, rates)
+    part = output.with_name(output.name + ".part")
+    part.write_text(text)
+    part.replace(output)
+    print(f"\n{text}\nwritten to {output}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
