@@ -303,6 +303,7 @@ def main(args: Args) -> None:
     # --- Seeding and task ---
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # one core per run; run seeds in parallel
+    torch.set_flush_denormal(True)  # Adam's moments of idle units become denormal, which is slow
     device = torch.device("cuda" if args.cuda else "cpu")
     rng = np.random.default_rng(args.seed)
     env, task = common.make_env(args.env_id)
@@ -313,19 +314,18 @@ def main(args: Args) -> None:
     # --- Offline dataset, networks, optimisers ---
     actor = Actor(task.obs_dim, task.act_dim).to(device)
     q, qc = Critic(2, task.obs_dim, task.act_dim).to(device), Critic(1, task.obs_dim, task.act_dim).to(device)
-    if not args.from_scratch:
-        if args.vpa_data == "dataset":
-            dataset = common.read_dataset(common.find_dataset(task, args.dataset_path), task)
-            dataset["rewards"] *= args.reward_scale
-            offline_data = {key: value.to(device) for key, value in dataset.items()}
-        if saved is None:
-            path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
-            offline = common.load_checkpoint(path)
-            common.check_checkpoint(path, offline, needed | {"finished": True})
-            actor.load_state_dict(offline["actor"])
-            if args.vpa_critics == "offline":
-                q.load_state_dict(offline["q"])
-                qc.load_state_dict(offline["qc"])
+    if not args.from_scratch and args.vpa_data == "dataset":
+        dataset = common.read_dataset(common.find_dataset(task, args.dataset_path), task)
+        dataset["rewards"] *= args.reward_scale
+        offline_data = {key: value.to(device) for key, value in dataset.items()}
+    if not args.from_scratch and saved is None:
+        path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
+        offline = common.load_checkpoint(path)
+        common.check_checkpoint(path, offline, needed | {"finished": True})
+        actor.load_state_dict(offline["actor"])
+        if args.vpa_critics == "offline":
+            q.load_state_dict(offline["q"])
+            qc.load_state_dict(offline["qc"])
     q_target, qc_target = deepcopy(q).requires_grad_(False), deepcopy(qc).requires_grad_(False)
     critic_params = [*q.parameters(), *qc.parameters()]
     target_params = [*q_target.parameters(), *qc_target.parameters()]

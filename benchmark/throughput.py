@@ -551,7 +551,7 @@ def osrl_trainers(data: dict[str, torch.Tensor], batch_size: int) -> dict[str, d
             from osrl.common import TransitionDataset
     except ImportError as error:
         common.stop(f"--peer osrl: needs a checkout of github.com/liuzuxin/OSRL on PYTHONPATH "
-                    f"({common.first_line(error)})")
+                    f"({error!s:.100})")
     arrays = {key: value.numpy() for key, value in data.items()}
     loader = iter(torch.utils.data.DataLoader(TransitionDataset(arrays), batch_size))
     sizes = dict(state_dim=arrays["observations"].shape[1], action_dim=arrays["actions"].shape[1],
@@ -624,6 +624,7 @@ def main(args: Args) -> None:
     if output.is_dir() or not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
         common.stop(f"--output {output}: must be a file in a folder that exists and can be written to")
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     torch.manual_seed(0)
     data, batch = transitions(args.obs_dim, args.act_dim), marvel.Args.batch_size
     peers = osrl_trainers(data, batch) if args.peer == "osrl" else {}

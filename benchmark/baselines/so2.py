@@ -295,6 +295,7 @@ def main(args: Args) -> None:
     # --- Seeding and task ---
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # one core per run; run seeds in parallel
+    torch.set_flush_denormal(True)  # Adam's moments of idle units become denormal, which is slow
     device = torch.device("cuda" if args.cuda else "cpu")
     rng = np.random.default_rng(args.seed)
     env, task = common.make_env(args.env_id)
