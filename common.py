@@ -48,12 +48,13 @@ def need(condition: Any, message: str) -> None:
 
 def check_options(args: Any) -> None:
     """Stop at the first option that makes no sense."""
-    counts = "update_steps batch_size eval_every checkpoint_every eval_episodes rollout_episodes bear_actions"
+    counts = "update_steps batch_size eval_every checkpoint_every eval_episodes rollout_episodes".split()
     most = dict(gamma=0.9999, tau=1, vpa_tau=1, cost_margin=1, ood_quantile=1, adapt_rate=1, seed=2**32 - 1)
     for name, value in asdict(args).items():
-        low, high = int(name in counts.split()), most.get(name, 1e300)
+        low = 1 if name in counts or name.endswith("_actions") else 1e-9 * (name in ("utd", "reward_scale"))
+        high = most.get(name, 1e300)
         need(not isinstance(value, (int, float)) or low <= value <= high,
-             f"--{name.replace('_', '-')} {value}: must be between {low} and {high:.4g}")
+             f"--{name.replace('_', '-')} {value}: must be between {low:g} and {high:.4g}")
     need(not getattr(args, "from_scratch", False) or not (args.checkpoint or args.dataset_path),
          "--from-scratch takes neither --checkpoint nor --dataset-path")
     need(not args.cuda or torch.cuda.is_available(), "--cuda: torch finds no GPU here")
@@ -132,8 +133,7 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
 def reset_env(env: gym.Env, seed: int) -> np.ndarray:
     """Start the episode that `seed` stands for and return its first observation, float32 (obs_dim,).
 
-    Bullet ignores reset's seed and draws from numpy's global state, so that is seeded (the scripts never draw
-    from it); its motors keep their targets across a reset, so they are stopped and it is reset twice.
+    Bullet draws from numpy's global state; its motors keep their targets in a reset, so they are stopped.
     """
     if type(env.unwrapped).__module__.startswith("bullet_safety_gym"):
         env.unwrapped.agent.apply_action(np.zeros(env.action_space.shape))
@@ -169,10 +169,11 @@ def find_dataset(task: Task, dataset_path: str | None) -> Path:
     cache = Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser()
     here = SHIPPED_DATASETS / f"{task.env_id}.hdf5", cache / (task.dataset_file or "none")
     for file in [Path(dataset_path)] if dataset_path else here:
-        if file.is_file():
+        if os.path.isfile(file):
             return file
     need(not dataset_path, f"--dataset-path {dataset_path}: no such file")
     need(task.dataset_file, f"{task.env_id} has no dataset: make one with benchmark/collect_dataset.py")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or every retry prints two lines
     from huggingface_hub import hf_hub_download  # resumes, retries, puts only a whole file in place
 
     print(f"downloading {task.dataset_file} from huggingface.co/datasets/{DSRL_MIRROR} to {cache}")
@@ -195,8 +196,8 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
             missing = [key for key in DATASET_KEYS if key not in arrays or arrays[key].ndim == 0]
             need(not missing, f"{path}: not a DSRL dataset, it lacks the arrays {', '.join(missing)}")
             raw = {key: array[()] for key, array in arrays.items()}
-            made_for = file.attrs.get("task", task.env_id)
-    except OSError as error:
+            made_for = str(file.attrs.get("task", task.env_id))
+    except Exception as error:  # h5py raises many types
         stop(f"{path}: not a readable HDF5 file ({error!s:.100})")
     need(made_for == task.env_id, f"{path}: collected from {made_for}, not from {task.env_id}")
     n, data = len(raw["rewards"]), {}
@@ -255,7 +256,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint with torch's weights_only reader, which cannot execute code; stops with one line."""
-    need(Path(path).is_file(), f"--checkpoint {path}: no such file; `python offline_pretrain.py` makes one")
+    need(os.path.isfile(path), f"--checkpoint {path}: no such file; `python offline_pretrain.py` makes one")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch does not compare the checksums that it writes
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
@@ -266,17 +267,16 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def check_checkpoint(path: str | Path, checkpoint: dict, expected: dict, nets=("actor", "q", "qc")) -> None:
+def check_checkpoint(path: str | Path, checkpoint: dict, expected: dict, **nets: torch.nn.Module) -> None:
     """Stop with one line at the first field or network of a checkpoint that is not what the script needs."""
-    need("offline_actor" not in checkpoint,
-         f"--checkpoint {path}: PEX acts with two policies and the critics, only its own script can")
     for name, value in expected.items():
         need(checkpoint.get(name) == value,
              f"--checkpoint {path}: {name} is {checkpoint.get(name)}, this run needs {value}")
-    for name in nets:
-        weights = list(checkpoint[name].values()) if isinstance(checkpoint.get(name), dict) else []
-        need(weights and all(torch.is_tensor(x) and x.isfinite().all() for x in weights),
-             f"--checkpoint {path}: {name} is missing or not finite")
+    for name, net in nets.items():
+        its, shapes = checkpoint.get(name), {key: x.shape for key, x in net.state_dict().items()}
+        fits = isinstance(its, dict) and {key: getattr(x, "shape", None) for key, x in its.items()} == shapes
+        need(fits and all(x.isfinite().all() for x in its.values()),
+             f"--checkpoint {path}: {name} is missing (PEX has two), not finite, or of another shape")
 
 
 def start(args: Any) -> tuple[Any, dict | None]:
@@ -292,7 +292,8 @@ def start(args: Any) -> tuple[Any, dict | None]:
             stop(f"--resume {folder}: its config.json is missing or not of this script and version")
         if (folder / "checkpoint.pt").exists():
             saved = load_checkpoint(folder / "checkpoint.pt")
-            need(saved.get("args") == config, f"--resume {folder}: its files are of different runs")
+            need(saved.get("args") == config and (folder / "metrics.csv").exists(),
+                 f"--resume {folder}: config.json, metrics.csv and checkpoint.pt are not those of one run")
         if saved and saved["finished"]:
             print(f"{folder}: this run is finished")
             raise SystemExit(0)
@@ -309,17 +310,20 @@ class Run:
 
     def __init__(self, args: Any, name: str, columns: list[str], saved: dict | None = None):
         run_dir = self.dir = Path(args.run_dir or f"runs/{args.env_id}__{name}__seed{args.seed}")
-        self.every, self.signal = args.checkpoint_every, 0
+        config, self.every, self.signal = self.dir / "config.json", args.checkpoint_every, 0
         self.step = self.saved_at = saved["step"] if saved else 0  # of all phases; the script counts it up
         self.command = f"`{shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}`"
-        config = self.dir / "config.json"
-        need(args.overwrite or args.resume or not config.exists(), f"--run-dir {run_dir}: holds a run: "
-             f"{self.command} goes on with it, --overwrite starts over")
+        need(args.overwrite or args.resume or not os.path.exists(config),
+             f"--run-dir {run_dir}: holds a run; {self.command} goes on with it, --overwrite starts over")
         try:
+            self.args = json.loads(config.read_text()) if args.resume else asdict(args)
+            if args.track:  # before anything is written, as it may fail
+                import wandb
+                wandb.init(project=os.environ.get("WANDB_PROJECT", "marvel"), name=self.dir.name,
+                           dir=self.dir, config=self.args, sync_tensorboard=True, save_code=True)
             self.dir.mkdir(parents=True, exist_ok=True)
             self.file = open(self.dir / "metrics.csv", "a", newline="")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.args = json.loads(config.read_text()) if args.resume else asdict(args)
             size = saved["metrics_bytes"] if saved else 0
             need(self.file.tell() >= size, f"--resume {run_dir}: metrics.csv is shorter than it was")
             self.file.truncate(size)
@@ -334,10 +338,6 @@ class Run:
                         file.unlink()
                 write_file(config, json.dumps(self.args, indent=2).encode() + b"\n")
                 self.csv.writeheader()
-            if args.track:
-                import wandb
-                wandb.init(project=os.environ.get("WANDB_PROJECT", "marvel"), name=self.dir.name,
-                           dir=self.dir, config=self.args, sync_tensorboard=True, save_code=True)
         except BlockingIOError:
             stop(f"--run-dir {run_dir}: another process is writing there")
         except OSError as error:

@@ -318,14 +318,14 @@ def main(args: Args) -> None:
         dataset = common.read_dataset(common.find_dataset(task, args.dataset_path), task)
         dataset["rewards"] *= args.reward_scale
         offline_data = {key: value.to(device) for key, value in dataset.items()}
-    if not args.from_scratch and saved is None:
+    nets = dict(actor=actor, q=q, qc=qc)
+    if saved or not args.from_scratch:
         path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
-        offline = common.load_checkpoint(path)
-        common.check_checkpoint(path, offline, needed | {"finished": True})
-        actor.load_state_dict(offline["actor"])
-        if args.vpa_critics == "offline":
-            q.load_state_dict(offline["q"])
-            qc.load_state_dict(offline["qc"])
+        path = f"{args.resume}/checkpoint.pt" if saved else path
+        offline = saved or common.load_checkpoint(path)
+        common.check_checkpoint(path, offline, needed | {"finished": not saved}, **nets)
+        for name in nets if args.vpa_critics == "offline" else ["actor"]:
+            nets[name].load_state_dict(offline[name])
     q_target, qc_target = deepcopy(q).requires_grad_(False), deepcopy(qc).requires_grad_(False)
     critic_params = [*q.parameters(), *qc.parameters()]
     target_params = [*q_target.parameters(), *qc_target.parameters()]
@@ -398,7 +398,7 @@ def main(args: Args) -> None:
                             normalized_cost=common.normalized_cost(episode_cost, args.cost_limit))
 
     # --- Checkpoint: all but the simulator's state, as every episode starts afresh from a seed ---
-    parts = dict(actor=actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target, multiplier=controller,
+    parts = dict(**nets, q_target=q_target, qc_target=qc_target, multiplier=controller,
                  critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
                  alpha_optimizer=alpha_optimizer)
 

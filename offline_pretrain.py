@@ -376,6 +376,8 @@ def main(args: Args) -> None:
     # discounted sum (limit / T) (1 + gamma + ... + gamma^(T-1)).
     horizon = task.max_episode_steps
     qc_threshold = args.cost_limit / horizon * (1 - args.gamma**horizon) / (1 - args.gamma)
+    if saved:
+        common.check_checkpoint(f"{args.resume}/checkpoint.pt", saved, needed, actor=actor, q=q, qc=qc)
     run = common.Run(args, "offline_pretrain", ["update_steps", *COLUMNS[args.algo], *EVALUATION], saved)
 
     def evaluate():
@@ -454,7 +456,6 @@ def main(args: Args) -> None:
             lagrange_multiplier=pid.multiplier if args.algo == "bear-lag" else None, evaluations=evaluations)
 
     if saved:
-        common.check_checkpoint(f"{run.dir}/checkpoint.pt", saved, needed)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         log_mmd_weight.data.copy_(saved["log_mmd_weight"])

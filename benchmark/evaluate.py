@@ -54,14 +54,11 @@ def load_policy(args: Args) -> tuple[gym.Env, common.Task, Callable, dict]:
     if ":" in env_id and not args.env_id:  # a file must not choose what Python imports
         common.stop(f"--checkpoint {args.checkpoint}: its task is in a module; give --env-id {env_id}")
     env, task = common.make_env(env_id)
+    actor = Actor(task.obs_dim, task.act_dim)
     common.check_checkpoint(args.checkpoint, checkpoint, {
         "env_id": env_id, "obs_dim": task.obs_dim, "act_dim": task.act_dim, "hidden": 256,
-        "activation": "relu"}, nets=("actor",))
-    actor = Actor(task.obs_dim, task.act_dim)
-    try:
-        actor.load_state_dict(checkpoint["actor"])
-    except Exception as error:  # missing, not a dictionary, other names, other shapes
-        common.stop(f"--checkpoint {args.checkpoint}: holds no such policy ({error!s:.100})")
+        "activation": "relu"}, actor=actor)
+    actor.load_state_dict(checkpoint["actor"])
     return env, task, actor.numpy_policy(), checkpoint
 
 

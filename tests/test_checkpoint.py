@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from functools import partial
 from importlib.metadata import version
 
 import pytest
@@ -123,8 +124,8 @@ def test_other_version_or_no_version_is_refused(tmp_path, refusal, content):
 
 EXPECTED = {"env_id": "SafetyBallCircle-v0", "obs_dim": 8, "act_dim": 2, "hidden": 256, "activation": "relu",
             "gamma": 0.99, "reward_scale": 0.1, "finished": True}
-NETWORKS = {name: {"weight": torch.ones(2, 3), "bias": torch.zeros(2)} for name in ("actor", "q", "qc")}
-GOOD = EXPECTED | NETWORKS | {"more": 1}
+NETWORKS = {name: torch.nn.Linear(3, 2) for name in ("actor", "q", "qc")}
+GOOD = EXPECTED | {name: net.state_dict() for name, net in NETWORKS.items()} | {"more": 1}
 
 
 @pytest.mark.parametrize(("field", "value"), [
@@ -141,17 +142,20 @@ def test_checkpoint_of_another_run_is_refused_by_the_name_of_the_field(refusal, 
 @pytest.mark.parametrize("bad", [
     None, {}, 3, "text", torch.zeros(2), {"weight": "text"}, {"weight": None},
     {"weight": torch.ones(2, 3), "bias": torch.tensor([0.0, float("nan")])},
-    {"weight": torch.ones(2, 3), "bias": torch.tensor([0.0, float("inf")])}], ids=repr)
+    {"weight": torch.ones(2, 3), "bias": torch.tensor([0.0, float("inf")])},
+    {"weight": torch.ones(3, 2), "bias": torch.zeros(2)}, {"weight": torch.ones(2, 3)},
+    {"weight": torch.ones(2, 3), "bias": torch.zeros(2), "more": torch.zeros(2)}], ids=repr)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_network_that_is_no_network_or_not_finite_is_refused_by_its_name(refusal, network, bad):
-    common.check_checkpoint("some.pt", GOOD, EXPECTED)
-    line = refusal(common.check_checkpoint, "some.pt", GOOD | {network: bad}, EXPECTED)
-    assert f"some.pt: {network} is missing or not finite" in line
+    common.check_checkpoint("some.pt", GOOD, EXPECTED, **NETWORKS)
+    line = refusal(partial(common.check_checkpoint, **NETWORKS), "some.pt", GOOD | {network: bad}, EXPECTED)
+    assert f"some.pt: {network} is missing" in line and "not finite, or of another shape" in line
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_only_the_networks_that_are_needed_have_to_be_there(refusal, network):
     lacking = {name: x for name, x in GOOD.items() if name != network}
-    line = refusal(common.check_checkpoint, "some.pt", lacking, EXPECTED)
-    assert f"some.pt: {network} is missing or not finite" in line
-    common.check_checkpoint("some.pt", lacking, EXPECTED, [name for name in NETWORKS if name != network])
+    line = refusal(partial(common.check_checkpoint, **NETWORKS), "some.pt", lacking, EXPECTED)
+    assert f"some.pt: {network} is missing" in line
+    others = {name: net for name, net in NETWORKS.items() if name != network}
+    common.check_checkpoint("some.pt", lacking, EXPECTED, **others)

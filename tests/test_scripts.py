@@ -428,10 +428,11 @@ def test_checkpoint_of_a_run_that_is_not_finished_is_no_starting_point(
 
 def test_checkpoint_of_two_policies_is_refused(tmp_path, ball_file, offline_run, refusal):
     content = common.load_checkpoint(offline_run / "checkpoint.pt")
-    common.save_checkpoint(tmp_path / "pex.pt", content | {"offline_actor": content["actor"]})
+    actor = content.pop("actor")
+    common.save_checkpoint(tmp_path / "pex.pt", content | {"offline_actor": actor, "new_actor": actor})
     args = marvel_sac_pid.Args(**TINY_MARVEL, checkpoint=str(tmp_path / "pex.pt"),
                                dataset_path=str(ball_file), run_dir=str(tmp_path / "x"))
-    assert "two policies" in refusal(marvel_sac_pid.main, args)
+    assert "actor is missing (PEX has two)" in refusal(marvel_sac_pid.main, args)
 
 
 # --- Options without sense ---

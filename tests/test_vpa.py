@@ -137,7 +137,7 @@ class Ring(gym.Env):
 def test_vpa_of_the_script_finds_the_exact_values(tmp_path):
     gym.register("Ring-v0", entry_point=Ring, max_episode_steps=10)
     args = Args(env_id="Ring-v0", gamma=GAMMA, reward_scale=0.5, vpa_alpha=ALPHA, vpa_alpha_cost=ALPHA_COST,
-                vpa_steps=1500, vpa_critics="fresh", utd=0, total_timesteps=10, eval_episodes=1,
+                vpa_steps=1500, vpa_critics="fresh", utd=1e-9, total_timesteps=10, eval_episodes=1,
                 checkpoint=str(tmp_path / "offline.pt"), dataset_path=str(tmp_path / "ring.hdf5"),
                 run_dir=str(tmp_path / "run"))
     torch.manual_seed(0)

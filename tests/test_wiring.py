@@ -399,7 +399,7 @@ def test_scratch_explores_uniformly_until_learning_starts(quick, monkeypatch):
 
 def test_finetuning_never_explores_uniformly(quick, monkeypatch):
     monkeypatch.setattr(marvel_sac_pid.Actor, "numpy_policy", constant_policy)
-    assert (quick(utd=0.0).saved["actions"] == 0.25).all()
+    assert (quick(utd=1e-9).saved["actions"] == 0.25).all()
 
 
 # --- Online: the updates ---
@@ -485,7 +485,7 @@ def test_online_run_starts_with_the_evaluation_of_the_offline_policy(online, off
 
 # --- Multiplier ---
 def test_multiplier_takes_the_mean_cost_of_a_blocks_episodes_once(quick):
-    run = quick(rollout_episodes=2, total_timesteps=800, utd=0.0)
+    run = quick(rollout_episodes=2, total_timesteps=800, utd=1e-9)
     costs = np.array([step.cost for step in of(run.calls, "step")]).reshape(4, 200).sum(1)
     assert len(set(costs)) > 2 and costs[0] != costs[1]
     updates = of(run.calls, "update")
@@ -513,7 +513,7 @@ def test_first_multiplier_and_first_update(quick, monkeypatch, start):
         return 0.3, 0.8
 
     monkeypatch.setattr(marvel_sac_pid, "aligned_multipliers", fake)
-    run = quick(**options, utd=0.0)
+    run = quick(**options, utd=1e-9)
     (update,) = of(run.calls, "update")
     cost = sum(step.cost for step in of(run.calls, "step"))
     assert update.episode_cost == cost > 0
@@ -532,7 +532,7 @@ def test_first_multiplier_and_first_update(quick, monkeypatch, start):
     ("fixed", [0.0, 0.0, 0.0], 0.0, False)])
 def test_law_of_the_multiplier_has_its_gains_and_the_limit_with_its_margin(
         quick, multiplier, gains, rate, published):
-    run = quick(multiplier=multiplier, adapt_rate=0.07, utd=0.0)
+    run = quick(multiplier=multiplier, adapt_rate=0.07, utd=1e-9)
     (update,) = of(run.calls, "update")
     controller = update.self
     assert controller.cost_limit == pytest.approx(LIMIT)

@@ -306,7 +306,7 @@ def main(args: Args) -> None:
     q, qc = Critic(2, task.obs_dim, task.act_dim).to(device), Critic(1, task.obs_dim, task.act_dim).to(device)
     path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
     offline = common.load_checkpoint(path)
-    common.check_checkpoint(path, offline, needed | {"finished": True})
+    common.check_checkpoint(path, offline, needed | {"finished": True}, actor=actor)
     guide = Actor(task.obs_dim, task.act_dim).to(device).requires_grad_(False)
     guide.load_state_dict(offline["actor"])
     guide_policy = guide.numpy_policy()

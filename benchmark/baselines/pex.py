@@ -339,7 +339,7 @@ def main(args: Args) -> None:
     offline_data = {key: value.to(device) for key, value in dataset.items()}
     path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
     offline = common.load_checkpoint(path)
-    common.check_checkpoint(path, offline, needed | {"finished": True})
+    common.check_checkpoint(path, offline, needed | {"finished": True}, actor=actor, q=q, qc=qc)
     offline_actor = Actor(task.obs_dim, task.act_dim).to(device).requires_grad_(False)
     offline_actor.load_state_dict(offline["actor"])
     q.load_state_dict(offline["q"])
@@ -416,7 +416,7 @@ def main(args: Args) -> None:
                             normalized_cost=common.normalized_cost(episode_cost, args.cost_limit))
 
     # --- Checkpoint: all but the simulator's state, as every episode starts afresh from a seed ---
-    parts = dict(actor=actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target, multiplier=controller,
+    parts = dict(new_actor=actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target, multiplier=controller,
                  critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
                  alpha_optimizer=alpha_optimizer, offline_actor=offline_actor)
 

@@ -311,7 +311,7 @@ def main(args: Args) -> None:
     offline_data = {key: value.to(device) for key, value in dataset.items()}
     path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
     offline = common.load_checkpoint(path)
-    common.check_checkpoint(path, offline, needed | {"finished": True})
+    common.check_checkpoint(path, offline, needed | {"finished": True}, actor=actor, q=q, qc=qc)
     actor.load_state_dict(offline["actor"])
     q.load_state_dict(offline["q"])
     qc.load_state_dict(offline["qc"])
