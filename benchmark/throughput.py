@@ -107,16 +107,17 @@ def start(obs_dim: int, act_dim: int, args: marvel.Args) -> SimpleNamespace:
     return s
 
 
-def offline_update(args: offline.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
+def offline_update(args: offline.Args, s: SimpleNamespace,
+                   adam: Callable = torch.optim.Adam) -> Callable[[dict], dict]:
     """The update of offline_pretrain.py for args.algo: a batch in, what main logs out."""
     critic_params, actor_params = [*s.q.parameters(), *s.qc.parameters()], list(s.actor.parameters())
     target_params = [*s.q_target.parameters(), *s.qc_target.parameters(), *s.actor_target.parameters()]
-    critic_optimizer = torch.optim.Adam(critic_params, args.critic_lr, fused=True)
-    actor_optimizer = torch.optim.Adam(actor_params, args.actor_lr, fused=True)
-    vae_optimizer = torch.optim.Adam(s.vae.parameters(), args.vae_lr, fused=True)
+    critic_optimizer = adam(critic_params, args.critic_lr, fused=True)
+    actor_optimizer = adam(actor_params, args.actor_lr, fused=True)
+    vae_optimizer = adam(s.vae.parameters(), args.vae_lr, fused=True)
     pid = offline.CriticPID(args.kp, args.ki, args.kd)
     s.log_mmd_weight = log_mmd_weight = torch.zeros((), requires_grad=True)
-    mmd_optimizer = torch.optim.Adam([log_mmd_weight], args.critic_lr)
+    mmd_optimizer = adam([log_mmd_weight], args.critic_lr)
 
     def minimise(loss, optimizer):
         optimizer.zero_grad()
@@ -166,11 +167,11 @@ def offline_update(args: offline.Args, s: SimpleNamespace) -> Callable[[dict], d
     return update
 
 
-def soft_critics_update(args: marvel.Args, s: SimpleNamespace) -> Callable[..., dict]:
+def soft_critics_update(args: marvel.Args, s: SimpleNamespace, adam: Callable) -> Callable[..., dict]:
     """marvel_sac_pid.py's update_critics(batch, policy, alpha, alpha_cost, tau)."""
     critic_params = [*s.q.parameters(), *s.qc.parameters()]
     target_params = [*s.q_target.parameters(), *s.qc_target.parameters()]
-    critic_optimizer = torch.optim.Adam(critic_params, args.critic_lr, fused=True)
+    critic_optimizer = adam(critic_params, args.critic_lr, fused=True)
 
     def update_critics(batch, policy, alpha, alpha_cost, tau):
         targets = marvel.soft_targets(batch, policy, s.q_target, s.qc_target, args.gamma, alpha, alpha_cost)
@@ -185,19 +186,22 @@ def soft_critics_update(args: marvel.Args, s: SimpleNamespace) -> Callable[..., 
     return update_critics
 
 
-def vpa_update(args: marvel.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
+def vpa_update(args: marvel.Args, s: SimpleNamespace,
+               adam: Callable = torch.optim.Adam) -> Callable[[dict], dict]:
     """One step of value pre-alignment."""
-    update_critics, offline_policy = soft_critics_update(args, s), deepcopy(s.actor).requires_grad_(False)
+    update_critics = soft_critics_update(args, s, adam)
+    offline_policy = deepcopy(s.actor).requires_grad_(False)
     return lambda batch: update_critics(batch, offline_policy, args.vpa_alpha, args.vpa_alpha_cost,
                                         args.vpa_tau)
 
 
-def online_update(args: marvel.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
+def online_update(args: marvel.Args, s: SimpleNamespace,
+                  adam: Callable = torch.optim.Adam) -> Callable[[dict], dict]:
     """One gradient step of online SAC: critics, actor, entropy weight."""
-    update_critics, actor_params = soft_critics_update(args, s), list(s.actor.parameters())
-    actor_optimizer = torch.optim.Adam(actor_params, args.actor_lr, fused=True)
+    update_critics, actor_params = soft_critics_update(args, s, adam), list(s.actor.parameters())
+    actor_optimizer = adam(actor_params, args.actor_lr, fused=True)
     s.log_alpha = log_alpha = torch.tensor(math.log(max(args.alpha, 1e-8)), requires_grad=True)
-    alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
+    alpha_optimizer = adam([log_alpha], args.actor_lr)
     act_dim = s.actor.head.out_features // 2
 
     def update(batch):
@@ -567,9 +571,12 @@ def osrl_trainers(data: dict[str, torch.Tensor], batch_size: int) -> dict[str, d
 
 
 # --- Measuring ---
-def measure(groups: dict[str, dict[str, Callable]], units: dict[str, int], rounds: int,
-            slice_seconds: float) -> dict[tuple[str, str], np.ndarray]:
-    """Calls per second and per CPU second of every version, (rounds, 2), times the group's units per call."""
+def measure(groups: dict[str, dict[str, Callable]], units: dict[str, int], rounds: int, slice_seconds: float,
+            finish: Callable[[], object] = lambda: None) -> dict[tuple[str, str], np.ndarray]:
+    """Calls per second and per CPU second of every version, (rounds, 2), times the group's units per call.
+
+    `finish` waits for what calls only started, as on a GPU; a slice begins and ends with it.
+    """
     order, shuffler = [(group, version) for group in groups for version in groups[group]], random.Random(0)
     rates = {key: [] for key in order}
     for group, version in order:  # optimisers make their memory in the first step
@@ -577,10 +584,12 @@ def measure(groups: dict[str, dict[str, Callable]], units: dict[str, int], round
     for _ in tqdm(range(rounds), "rounds"):
         shuffler.shuffle(order)
         for group, version in order:
+            finish()
             call, calls, cpu, wall = groups[group][version], 0, time.process_time(), time.perf_counter()
             while calls == 0 or time.perf_counter() - wall < slice_seconds:
                 call()
                 calls += 1
+            finish()
             seconds = np.array([time.perf_counter() - wall, time.process_time() - cpu])
             rates[group, version].append(units.get(group, 1) * calls / seconds)
     return {key: np.array(rate) for key, rate in rates.items()}

@@ -238,6 +238,13 @@ def test_call_of_many_steps_counts_as_many():
     assert (rates["loop", "script"] > 100 * rates["step", "script"]).all()
 
 
+def test_slice_begins_and_ends_with_waiting_for_what_was_started():
+    events = []
+    throughput.measure({"update": {"script": lambda: events.append("call")}}, {}, 2, 1e-9,
+                       lambda: events.append("wait"))
+    assert events == ["call"] + ["wait", "call", "wait"] * 2
+
+
 @pytest.mark.parametrize(("options", "word"), [
     (dict(rounds=0), "--rounds"), (dict(slice_seconds=0.0), "--slice-seconds"),
     (dict(slice_seconds=float("nan")), "--slice-seconds"), (dict(obs_dim=0), "--obs-dim"),
