@@ -98,8 +98,8 @@ def main(args: Args) -> None:
             script.main(options)
             clock.switch()
             columns[title] = dict(clock.seconds)
-    lines = [f"`python benchmark/time_shares.py`: {args.update_steps} offline updates, {args.vpa_steps} of VPA "
-             f"and {args.total_timesteps} environment steps online.", "",
+    lines = [f"`python benchmark/time_shares.py`: {args.update_steps} offline updates, {args.vpa_steps} of "
+             f"VPA and {args.total_timesteps} environment steps online.", "",
              "| share of the time | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for part in [*PARTS, "the rest"]:
         shares = [100 * seconds.get(part, 0.0) / sum(seconds.values()) for seconds in columns.values()]
