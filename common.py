@@ -31,12 +31,13 @@ from tqdm import tqdm
 DSRL_MIRROR = "YYY-45/DSRL"  # as in DSRL's main branch; the address inside the published package is dead
 SHIPPED_DATASETS = Path(__file__).parent / "datasets"
 DATASET_KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
+RUN_FILES = "config.json", "checkpoint.pt", "curves.png", "events.out.tfevents.*"  # and metrics.csv, the lock
 CHECKPOINT_VERSION = 2
 
 
 def stop(message: str, status: int = 2) -> NoReturn:
     """End the program with one line on stderr and no traceback; status 2 is a user's mistake."""
-    tqdm.write(" ".join(["error:", *message.split()]), sys.stderr)  # one line, and not behind a progress bar
+    tqdm.write("error: " + " ".join(message.splitlines()), sys.stderr)  # not behind a progress bar
     raise SystemExit(status)
 
 
@@ -289,7 +290,7 @@ def start(args: Any) -> tuple[Any, dict | None]:
             config = json.loads((folder / "config.json").read_text())
             args = type(args)(**config | {"run_dir": str(folder), "resume": str(folder)})
         except (OSError, ValueError, TypeError):
-            stop(f"--resume {folder}: its config.json is missing or not of this script and version")
+            stop(f"--resume {folder}: has no config.json (start it again) or one of another script, version")
         if (folder / "checkpoint.pt").exists():
             saved = load_checkpoint(folder / "checkpoint.pt")
             need(saved.get("args") == config and (folder / "metrics.csv").exists(),
@@ -313,7 +314,7 @@ class Run:
         config, self.every, self.signal = self.dir / "config.json", args.checkpoint_every, 0
         self.step = self.saved_at = saved["step"] if saved else 0  # of all phases; the script counts it up
         self.command = f"`{shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}`"
-        need(args.overwrite or args.resume or not os.path.exists(config),
+        need(args.overwrite or args.resume or not any(os.path.exists(self.dir / x) for x in RUN_FILES[:2]),
              f"--run-dir {run_dir}: holds a run; {self.command} goes on with it, --overwrite starts over")
         try:
             self.args = json.loads(config.read_text()) if args.resume else asdict(args)
@@ -326,26 +327,27 @@ class Run:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = saved["metrics_bytes"] if saved else 0
             need(self.file.tell() >= size, f"--resume {run_dir}: metrics.csv is shorter than it was")
+            self.handlers = {k: signal.signal(k, self.on_signal) for k in (signal.SIGINT, signal.SIGTERM)}
+            for old in () if saved else RUN_FILES[bool(args.resume):]:  # a resumed run keeps its options
+                for file in self.dir.glob(old):
+                    file.unlink()
             self.file.truncate(size)
             self.csv = csv.DictWriter(self.file, columns, lineterminator="\n")
-            self.handlers = {k: signal.signal(k, self.on_signal) for k in (signal.SIGINT, signal.SIGTERM)}
             if saved:
                 torch.set_rng_state(saved["torch_rng"])
                 torch.cuda.set_rng_state_all(saved["cuda_rng"])
             else:
-                for old in ("config.json", "checkpoint.pt", "curves.png", "events.out.tfevents.*"):
-                    for file in self.dir.glob(old):
-                        file.unlink()
-                write_file(config, json.dumps(self.args, indent=2).encode() + b"\n")
                 self.csv.writeheader()
+            if not args.resume:
+                write_file(config, json.dumps(self.args, indent=2).encode() + b"\n")
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(self.dir))
         except BlockingIOError:
             stop(f"--run-dir {run_dir}: another process is writing there")
         except OSError as error:
             stop(f"--run-dir {run_dir}: cannot write there ({error.strerror})")
         except Exception as error:
-            stop(f"--track: Weights & Biases does not start ({error!s:.100}); try WANDB_MODE=offline")
-        from torch.utils.tensorboard import SummaryWriter
-        self.board = SummaryWriter(str(self.dir))
+            stop(f"--run-dir {run_dir}: cannot start ({error!s:.100}); is it Weights & Biases? try WANDB_MODE=offline")
 
     def on_signal(self, number: int, _frame: Any) -> None:
         """SIGTERM or Ctrl-C: end the program at the next `checkpoint`; the second time, at once."""
@@ -354,18 +356,15 @@ class Run:
         self.signal = number
         os.write(2, b"\nends at the next checkpoint; once more ends at once\n")  # print may be under way
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """TensorBoard (and Weights & Biases through it) only."""
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
-
-    def row(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.csv, flushed, and the same numbers to TensorBoard."""
+    def row(self, step: int, values: dict[str, float], to_csv: bool = True) -> None:
+        """Numbers to TensorBoard (and W&B through it), and as a line, flushed, to metrics.csv."""
         self.check_finite(**{k: v for k, v in values.items() if k != "normalized_return"})
         try:
-            self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-            self.file.flush()
-            self.scalars(step, values)
+            if to_csv:
+                self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+                self.file.flush()
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
         except OSError as error:
             stop(f"{self.dir}: cannot be written ({error.strerror}); {self.command} goes on", status=1)
 
@@ -374,7 +373,7 @@ class Run:
         for name, value in values.items():
             if not torch.as_tensor(value).isfinite().all():
                 stop(f"{self.dir}: {name} is not finite at step {self.step}; the last good checkpoint is of "
-                     f"step {self.saved_at}", status=1)
+                     f"step {self.saved_at or '0, that is none'}", status=1)
 
     def checkpoint(self, state: Callable[[], dict], last: bool = False) -> None:
         """Save state() where it is time, a signal has come (which ends the program), or it is the last."""

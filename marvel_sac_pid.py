@@ -322,7 +322,7 @@ def main(args: Args) -> None:
     if saved or not args.from_scratch:
         path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
         path = f"{args.resume}/checkpoint.pt" if saved else path
-        offline = saved or common.load_checkpoint(path)
+        offline = saved or common.load_checkpoint(path)  # a resumed run's own: checked here, restored below
         common.check_checkpoint(path, offline, needed | {"finished": not saved}, **nets)
         for name in nets if args.vpa_critics == "offline" else ["actor"]:
             nets[name].load_state_dict(offline[name])
@@ -381,7 +381,7 @@ def main(args: Args) -> None:
         while not done:
             exploring = args.from_scratch and count["env_steps"] < args.learning_starts
             action = rng.uniform(-1, 1, task.act_dim).astype("f4") if exploring else policy(obs, rng)
-            run.check_finite(action=action)
+            run.check_finite(observation=obs, action=action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             next_obs, done, cost = next_obs.astype(np.float32), terminated or truncated, info["cost"]
             run.check_finite(observation=next_obs, reward=reward, cost=cost)
@@ -429,7 +429,7 @@ def main(args: Args) -> None:
             losses = update_critics(sample(offline_data, args.batch_size), actor, args.vpa_alpha,
                                     args.vpa_alpha_cost, args.vpa_tau)
             if step % 100 == 0:
-                run.scalars(step, {f"vpa/{name}": value.item() for name, value in losses.items()})
+                run.row(step, {f"vpa/{name}": value.item() for name, value in losses.items()}, to_csv=False)
             run.step += 1
             run.checkpoint(state)
 

@@ -27,7 +27,7 @@ PARTS = {  # row: owners and names of what it counts
     "evaluations but for the simulator": [(common, "evaluate")],
     "dataset and checkpoints": [
         (common, "read_dataset"), (common, "load_checkpoint"), (common, "save_checkpoint")],
-    "metrics.csv and TensorBoard": [(common.Run, "row"), (common.Run, "scalars"), (common.Run, "close")],
+    "metrics.csv and TensorBoard": [(common.Run, "row"), (common.Run, "close")],
     "checks that all is finite": [(common.Run, "check_finite"), (torch.nn.utils, "get_total_norm")],
     "batches": [(marvel_sac_pid, "sample"), (offline_pretrain, "sample")],
     "targets": [(marvel_sac_pid, "soft_targets"), (offline_pretrain, "cpq_targets")],

@@ -84,8 +84,7 @@ def test_logging_progress_and_plotting_change_nothing_of_the_training(monkeypatc
     with contextlib.redirect_stderr(shown):
         watched = train(kind, "watched")
     assert "100%" in shown.getvalue()
-    monkeypatch.setattr(common.Run, "row", lambda *_: None)
-    monkeypatch.setattr(common.Run, "scalars", lambda *_: None)
+    monkeypatch.setattr(common.Run, "row", lambda *_, **__: None)
     monkeypatch.setattr(script, "tqdm", partial(tqdm, disable=True))
     silent = train(kind, "silent")
     assert same(weights(watched), weights(silent))
@@ -235,6 +234,20 @@ def test_policy_that_gives_no_number_ends_the_run_before_it_acts(tmp_path, monke
         **TINY_MARVEL, "checkpoint": str(offline), "dataset_path": str(ball_file),
         "run_dir": str(tmp_path / "x")}))
     assert (status, f"action is not finite at step {30 + 20}" in line) == (1, True)
+
+
+def test_first_observation_that_is_no_number_ends_the_run_before_anything_is_logged(tmp_path, monkeypatch):
+    reset, resets = common.reset_env, []
+
+    def reset_env(env, seed):
+        resets.append(seed)
+        return reset(env, seed) * np.float32("nan" if len(resets) > 3 else 1)  # two of them are of make_env
+
+    monkeypatch.setattr(common, "reset_env", reset_env)
+    status, (line,) = ending(marvel_sac_pid.main, marvel_sac_pid.Args(**{
+        **TINY_MARVEL, "from_scratch": True, "learning_starts": 400, "run_dir": str(tmp_path / "x")}))
+    assert status == 1 and "observation is not finite at step" in line
+    assert "nan" not in (tmp_path / "x/metrics.csv").read_text()
 
 
 # --- The log against a recording ---

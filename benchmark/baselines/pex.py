@@ -399,7 +399,7 @@ def main(args: Args) -> None:
         obs, done, episode_return, episode_cost = common.reset_env(env, rng.integers(2**31)), False, 0.0, 0.0
         while not done:
             action = policy(obs, rng)
-            run.check_finite(action=action)
+            run.check_finite(observation=obs, action=action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             next_obs, done, cost = next_obs.astype(np.float32), terminated or truncated, info["cost"]
             run.check_finite(observation=next_obs, reward=reward, cost=cost)
