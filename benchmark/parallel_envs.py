@@ -39,7 +39,8 @@ TODAY, UPDATE = "today's loop", "online update"
 CAPTION = """Made by `python benchmark/parallel_envs.py`.
 
 {cpu}, {cores} cores, one thread per process, load average {load:.1f} at the end; {rounds} rounds, blocks of
-{episodes} episodes. A cell is minimum / **median** / maximum over rounds; CPU time is that of all processes.
+{episodes} episodes. A cell is minimum / **median** / maximum over rounds; CPU time is that of all processes:
+divided by the cores that are free it bounds the rate, whatever else the machine did meanwhile.
 *Online phase*: the same with {utd:g} online updates per env step, which are made in one process.
 
 | task | version | per second | CPU µs each | × today's | online phase × today's |
