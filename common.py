@@ -347,7 +347,8 @@ class Run:
         except OSError as error:
             stop(f"--run-dir {run_dir}: cannot write there ({error.strerror})")
         except Exception as error:
-            stop(f"--run-dir {run_dir}: cannot start ({error!s:.100}); is it Weights & Biases? try WANDB_MODE=offline")
+            stop(f"--run-dir {run_dir}: cannot start ({error!s:.100}); if it is Weights & Biases (--track), "
+                 "WANDB_MODE=offline needs no account")
 
     def on_signal(self, number: int, _frame: Any) -> None:
         """SIGTERM or Ctrl-C: end the program at the next `checkpoint`; the second time, at once."""

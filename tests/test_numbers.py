@@ -245,7 +245,8 @@ def test_first_observation_that_is_no_number_ends_the_run_before_anything_is_log
 
     monkeypatch.setattr(common, "reset_env", reset_env)
     status, (line,) = ending(marvel_sac_pid.main, marvel_sac_pid.Args(**{
-        **TINY_MARVEL, "from_scratch": True, "learning_starts": 400, "run_dir": str(tmp_path / "x")}))
+        **TINY_MARVEL, "from_scratch": True, "learning_starts": 400, "eval_every": 1000,
+        "run_dir": str(tmp_path / "x")}))
     assert status == 1 and "observation is not finite at step" in line
     assert "nan" not in (tmp_path / "x/metrics.csv").read_text()
 
