@@ -2,7 +2,7 @@
 
   python benchmark/seeds_in_parallel.py
 
-Interleaved rounds; 2.0 would be two runs in the time of one. Imports and reading the data are part of the time.
+Interleaved rounds; 2.0 would be two runs in the time of one. Imports and reading the data are part of it.
 """
 import os
 import statistics
