@@ -84,6 +84,18 @@ def test_other_bytes_are_refused(tmp_path, refusal, content):
     assert str(path) in line and "not a readable checkpoint" in line
 
 
+@pytest.mark.parametrize("k", [0, 1700, 3999])
+def test_single_bit_of_a_number_that_has_changed_is_noticed(tmp_path, refusal, k):
+    path, weights = tmp_path / "checkpoint.pt", torch.arange(1000.0)
+    common.save_checkpoint(path, {"actor": weights})
+    content = bytearray(path.read_bytes())
+    start = content.index(weights.numpy().tobytes())
+    content[start + k] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["actor"], weights)  # torch does not notice
+    assert f"{path}: damaged" in refusal(common.load_checkpoint, path)
+
+
 def test_empty_file_is_refused(tmp_path, refusal):
     path = tmp_path / "checkpoint.pt"
     path.touch()
