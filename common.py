@@ -5,6 +5,7 @@ says otherwise; actions are in [-1, 1]; a terminal ends the task, a timeout only
 """
 import csv
 import fcntl
+import hashlib
 import importlib
 import io
 import json
@@ -53,7 +54,7 @@ def check_options(args: Any) -> None:
     most = dict(gamma=0.9999, tau=1, vpa_tau=1, cost_margin=1, ood_quantile=1, adapt_rate=1, seed=2**32 - 1)
     for name, value in asdict(args).items():
         low = 1 if name in counts or name.endswith("_actions") else 1e-9 * (name in ("utd", "reward_scale"))
-        high = most.get(name, 1e300)
+        high = most.get(name, 1 if name.endswith("_lr") else 1e9)
         need(not isinstance(value, (int, float)) or low <= value <= high,
              f"--{name.replace('_', '-')} {value}: must be between {low:g} and {high:.4g}")
     need(not getattr(args, "from_scratch", False) or not (args.checkpoint or args.dataset_path),
@@ -72,6 +73,7 @@ class Task:
     min_return: float = float("nan")
     max_return: float = float("nan")
     dataset_file: str | None = None
+    dataset_sha256: str | None = None  # read_dataset notes it here
 
     def normalized_return(self, episode_return: float) -> float:
         """(R - min R) / (max R - min R), DSRL's reference returns; nan for a task that DSRL does not have."""
@@ -151,17 +153,16 @@ def evaluate(env: gym.Env, policy: Callable, episodes: int, seed: int = 10_000) 
     policy: observation (obs_dim,) -> action (act_dim,). Returns "return", "cost", "length", each (episodes,).
     """
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    result = {"return": np.zeros(episodes), "cost": np.zeros(episodes), "length": np.zeros(episodes, int)}
+    totals = np.zeros((3, episodes))
     for k in range(episodes):
         obs, done = reset_env(env, seed + k), False
         while not done:
             next_obs, reward, terminated, truncated, info = env.step(policy(obs))
             obs, done = next_obs.astype(np.float32), terminated or truncated
-            for key, value in ("return", reward), ("cost", info["cost"]), ("length", 1):
-                result[key][k] += value
+            totals[:, k] += reward, info["cost"], 1
     np.random.set_state(numpy_state)
     random.setstate(python_state)
-    return result
+    return dict(zip(("return", "cost", "length"), totals, strict=True))
 
 
 # --- Datasets ---
@@ -176,7 +177,6 @@ def find_dataset(task: Task, dataset_path: str | None) -> Path:
     need(task.dataset_file, f"{task.env_id} has no dataset: make one with benchmark/collect_dataset.py")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or every retry prints two lines
     from huggingface_hub import hf_hub_download  # resumes, retries, puts only a whole file in place
-
     print(f"downloading {task.dataset_file} from huggingface.co/datasets/{DSRL_MIRROR} to {cache}")
     try:
         return Path(hf_hub_download(DSRL_MIRROR, task.dataset_file, repo_type="dataset", local_dir=cache))
@@ -185,13 +185,14 @@ def find_dataset(task: Task, dataset_path: str | None) -> Path:
              f"https://huggingface.co/datasets/{DSRL_MIRROR} and put it into {cache}, or give --dataset-path")
 
 
-def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
+def read_dataset(path: Path, task: Task, saved: dict | None = None) -> dict[str, torch.Tensor]:
     """Read a DSRL file and check all that can be checked of it; stops with one line at the first fault.
 
     Returns contiguous float32 tensors under DATASET_KEYS: observations (n, obs_dim), actions (n, act_dim),
-    the others (n,). Flags are 0 or 1. An episode ends where terminals or timeouts is 1.
+    the others (n,). Flags are 0 or 1, and 1 ends the episode. Must be the file of the checkpoint `saved`.
     """
     try:
+        task.dataset_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         with h5py.File(path, "r") as file:
             arrays = {key: file[key] for key in DATASET_KEYS if isinstance(file.get(key), h5py.Dataset)}
             missing = [key for key in DATASET_KEYS if key not in arrays or arrays[key].ndim == 0]
@@ -200,6 +201,7 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
             made_for = str(file.attrs.get("task", task.env_id))
     except Exception as error:  # h5py raises many types
         stop(f"{path}: not a readable HDF5 file ({error!s:.100})")
+    need(not saved or saved["dataset_sha256"] == task.dataset_sha256, f"{path}: not the resumed run's data")
     need(made_for == task.env_id, f"{path}: collected from {made_for}, not from {task.env_id}")
     n, data = len(raw["rewards"]), {}
     shapes = dict.fromkeys(DATASET_KEYS[:2], (n, task.obs_dim)) | {"actions": (n, task.act_dim)}
@@ -218,9 +220,8 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
     need(flags.any(), f"{path}: no episode ends: terminals and timeouts are all 0")
     need(not timeouts.any() or (timeouts > terminals).any(),
          f"{path}: every time limit is a terminal too; only one may be 1, terminals if the task itself ends")
-    largest = float(data["actions"].abs().max())
+    largest, least = data["actions"].abs().max(), data["costs"].argmin()
     need(largest <= 1 + 1e-5, f"{path}: actions reach {largest:g}, outside [-1, 1]")
-    least = int(data["costs"].argmin())
     need(data["costs"][least] >= 0, f"{path}: costs are negative at transition {least}: are they rewards?")
     return data
 
@@ -303,15 +304,11 @@ def start(args: Any) -> tuple[Any, dict | None]:
 
 
 class Run:
-    """One run's folder: config.json, metrics.csv, checkpoint.pt, TensorBoard events, and W&B if asked.
-
-    `columns` are those of metrics.csv, which depends on no clock and is cut back to the checkpoint `saved` if
-    `start` gave one. A lock keeps other processes out of the folder.
-    """
+    """One run's folder and what is written there. With `saved`, `start`'s, metrics.csv is cut back to it."""
 
     def __init__(self, args: Any, name: str, columns: list[str], saved: dict | None = None):
         run_dir = self.dir = Path(args.run_dir or f"runs/{args.env_id}__{name}__seed{args.seed}")
-        config, self.every, self.signal = self.dir / "config.json", args.checkpoint_every, 0
+        config, self.every, self.signal, self.on_gpu = self.dir / "config.json", args.checkpoint_every, 0, {}
         self.step = self.saved_at = saved["step"] if saved else 0  # of all phases; the script counts it up
         self.command = f"`{shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}`"
         need(args.overwrite or args.resume or not any(os.path.exists(self.dir / x) for x in RUN_FILES[:2]),
@@ -324,7 +321,7 @@ class Run:
                            dir=self.dir, config=self.args, sync_tensorboard=True, save_code=True)
             self.dir.mkdir(parents=True, exist_ok=True)
             self.file = open(self.dir / "metrics.csv", "a", newline="")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process to a folder
             size = saved["metrics_bytes"] if saved else 0
             need(self.file.tell() >= size, f"--resume {run_dir}: metrics.csv is shorter than it was")
             self.handlers = {k: signal.signal(k, self.on_signal) for k in (signal.SIGINT, signal.SIGTERM)}
@@ -342,10 +339,9 @@ class Run:
                 write_file(config, json.dumps(self.args, indent=2).encode() + b"\n")
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(self.dir))
-        except BlockingIOError:
-            stop(f"--run-dir {run_dir}: another process is writing there")
         except OSError as error:
-            stop(f"--run-dir {run_dir}: cannot write there ({error.strerror})")
+            locked, why = isinstance(error, BlockingIOError), f"cannot write there ({error.strerror})"
+            stop(f"--run-dir {run_dir}: {'another process is writing there' if locked else why}")
         except Exception as error:
             stop(f"--run-dir {run_dir}: cannot start ({error!s:.100}); if it is Weights & Biases (--track), "
                  "WANDB_MODE=offline needs no account")
@@ -359,7 +355,8 @@ class Run:
 
     def row(self, step: int, values: dict[str, float], to_csv: bool = True) -> None:
         """Numbers to TensorBoard (and W&B through it), and as a line, flushed, to metrics.csv."""
-        self.check_finite(**{k: v for k, v in values.items() if k != "normalized_return"})
+        numbers = {name: float(value) for name, value in (self.on_gpu | values).items()}
+        self.check_finite(**{k: v for k, v in numbers.items() if k != "normalized_return"})
         try:
             if to_csv:
                 self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
@@ -372,13 +369,16 @@ class Run:
     def check_finite(self, **values: Any) -> None:
         """End the run at a number, an array or a tensor that is not finite, before it is logged or saved."""
         for name, value in values.items():
-            if not torch.as_tensor(value).isfinite().all():
+            if getattr(value, "is_cuda", False):  # for row and checkpoint, as each step would wait
+                self.on_gpu[name] = self.on_gpu.get(name, 0) + 0 * value  # stays nan
+            elif not torch.as_tensor(value).isfinite().all():
                 stop(f"{self.dir}: {name} is not finite at step {self.step}; the last good checkpoint is of "
                      f"step {self.saved_at or '0, that is none'}", status=1)
 
     def checkpoint(self, state: Callable[[], dict], last: bool = False) -> None:
         """Save state() where it is time, a signal has come (which ends the program), or it is the last."""
         if self.step - self.saved_at >= self.every or self.signal or last:
+            self.check_finite(**{name: float(value) for name, value in self.on_gpu.items()})
             self.file.flush()
             os.fsync(self.file.fileno())  # never behind the checkpoint
             save_checkpoint(self.dir / "checkpoint.pt", {

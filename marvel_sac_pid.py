@@ -315,7 +315,7 @@ def main(args: Args) -> None:
     actor = Actor(task.obs_dim, task.act_dim).to(device)
     q, qc = Critic(2, task.obs_dim, task.act_dim).to(device), Critic(1, task.obs_dim, task.act_dim).to(device)
     if not args.from_scratch and args.vpa_data == "dataset":
-        dataset = common.read_dataset(common.find_dataset(task, args.dataset_path), task)
+        dataset = common.read_dataset(common.find_dataset(task, args.dataset_path), task, saved)
         dataset["rewards"] *= args.reward_scale
         offline_data = {key: value.to(device) for key, value in dataset.items()}
     nets = dict(actor=actor, q=q, qc=qc)
@@ -405,7 +405,7 @@ def main(args: Args) -> None:
     def state():
         return needed | {name: part.state_dict() for name, part in parts.items()} | dict(
             cost_limit=args.cost_limit, log_alpha=log_alpha.detach(), count=count, aligned=aligned,
-            evaluations=evaluations, rng=rng.bit_generator.state,
+            evaluations=evaluations, rng=rng.bit_generator.state, dataset_sha256=task.dataset_sha256,
             buffer={key: value[:count["env_steps"]].clone() for key, value in storage.items()})
 
     if saved:

@@ -1,5 +1,4 @@
 # An offline safe policy by CPQ (arXiv 2107.09003), BEAR-Lag (1906.00949) or BC-Safe. Docs: README.md
-import hashlib
 import math
 import os
 from copy import deepcopy
@@ -91,7 +90,7 @@ class Args:
 
     # --- Evaluation ---
     eval_every: int = 3_000
-    """gradient steps between evaluations, a multiple of 250"""
+    """gradient steps between evaluations"""
     eval_episodes: int = 20
     """episodes of each evaluation, sampled and mean-action"""
 
@@ -342,19 +341,18 @@ def main(args: Args) -> None:
 
     # --- Dataset ---
     dataset_file = common.find_dataset(task, args.dataset_path)
-    dataset = common.read_dataset(dataset_file, task)
+    dataset = common.read_dataset(dataset_file, task, saved)
     ends, returns, costs = common.episode_sums(dataset)
     safe_returns = returns[costs <= args.cost_limit]
     print(f"{dataset_file.name}: {len(returns)} episodes, {len(dataset['rewards'])} transitions; "
           f"{len(safe_returns)} episodes within the limit, 75th percentile of their return "
           f"{np.quantile(safe_returns, 0.75) if len(safe_returns) else float('nan'):.1f}")
     needed = dict(env_id=args.env_id, obs_dim=task.obs_dim, act_dim=task.act_dim, hidden=256,
-                  activation="relu", gamma=args.gamma, reward_scale=args.reward_scale,
-                  dataset_sha256=hashlib.sha256(dataset_file.read_bytes()).hexdigest())
+                  activation="relu", gamma=args.gamma, reward_scale=args.reward_scale)
     dataset["rewards"] *= args.reward_scale
     if args.algo == "bc-safe":
-        if len(safe_returns) == 0:
-            common.stop(f"--algo bc-safe: {dataset_file} has no episode of cost <= {args.cost_limit:g}")
+        common.need(len(safe_returns) > 0,
+                    f"--algo bc-safe: {dataset_file} has no episode of cost <= {args.cost_limit:g}")
         rows = np.flatnonzero(np.repeat(costs <= args.cost_limit, np.diff(ends, prepend=-1)))
         dataset = {key: value[rows] for key, value in dataset.items()}
     data = {key: value.to(device) for key, value in dataset.items()}
@@ -452,8 +450,9 @@ def main(args: Args) -> None:
 
     def state():
         return needed | {name: part.state_dict() for name, part in parts.items()} | dict(
-            cost_limit=args.cost_limit, dataset=dataset_file.name, log_mmd_weight=log_mmd_weight.detach(),
-            lagrange_multiplier=pid.multiplier if args.algo == "bear-lag" else None, evaluations=evaluations)
+            cost_limit=args.cost_limit, dataset=dataset_file.name, dataset_sha256=task.dataset_sha256,
+            log_mmd_weight=log_mmd_weight.detach(), evaluations=evaluations,
+            lagrange_multiplier=pid.multiplier if args.algo == "bear-lag" else None)
 
     if saved:
         for name, part in parts.items():
@@ -471,9 +470,10 @@ def main(args: Args) -> None:
             torch._foreach_lerp_(target_params, critic_params + actor_params, args.tau)
 
         # --- Evaluate and log ---
-        if step % 250 == 0 or step == args.update_steps:
+        evaluating = step % args.eval_every == 0 or step == args.update_steps
+        if step % 250 == 0 or evaluating:
             row = {"update_steps": step} | {name: value.item() for name, value in losses.items()}
-            if step % args.eval_every == 0 or step == args.update_steps:
+            if evaluating:
                 evaluations["offline policy"] = evaluate()
                 row |= evaluations["offline policy"]
                 bar.set_postfix({"return": f"{row['eval_sampled_return']:.0f}",

@@ -55,7 +55,7 @@ in shuffled order, between two synchronisations. BallCircle's dataset, on the de
 of 256 x 256, from random networks on, float32. With the drawing of the batch, without logging.
 
 - plain: the update as one writes it first (`throughput.py`)
-- eager: the scripts' own, but for their look at every loss and gradient, which waits for the GPU
+- eager: the scripts' own, but for the look at whether losses and gradients are finite
 - {recorded}
 - compiled: torch.compile of the same function; it breaks off at backward and in Adam
 

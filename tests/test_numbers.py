@@ -180,6 +180,41 @@ def test_gradient_that_is_not_finite_ends_the_run_though_the_loss_is(tmp_path, m
     assert line.endswith("of step 10")
 
 
+class OnGpu(torch.Tensor):
+    """Passes for a tensor on a GPU, and counts how often it, or what was computed from it, is waited for."""
+
+    is_cuda, waits = True, 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.waits += function.__name__ in ("__float__", "__bool__", "item")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("ending_by", ["row", "checkpoint"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_gpu_is_not_waited_for_until_something_is_logged_or_saved(tmp_path, ending_by, value):
+    args = marvel_sac_pid.Args(run_dir=str(tmp_path / "x"), checkpoint_every=10)
+    run = common.Run(args, "x", ["q_loss"])
+    for run.step in range(1, 11):
+        run.check_finite(**{"critic loss": torch.tensor(1.0).as_subclass(OnGpu)})
+    OnGpu.waits = 0
+    run.row(10, {"q_loss": 1.0})
+    run.checkpoint(dict)
+    assert OnGpu.waits == 2 and run.saved_at == 10
+    before = {file: file.read_bytes() for file in (run.dir / "metrics.csv", run.dir / "checkpoint.pt")}
+    for run.step in range(11, 21):
+        number = torch.tensor(value if run.step == 15 else 1.0).as_subclass(OnGpu)
+        run.check_finite(**{"critic loss": number})
+    assert OnGpu.waits == 2
+    line = io.StringIO()
+    with contextlib.redirect_stderr(line), pytest.raises(SystemExit) as stopped:
+        run.row(20, {"q_loss": 1.0}) if ending_by == "row" else run.checkpoint(dict)
+    run.close()
+    assert stopped.value.code == 1 and "critic loss is not finite at step 20; the last" in line.getvalue()
+    assert before == {file: file.read_bytes() for file in before}
+
+
 class Broken(gym.Wrapper):
     """From step `at` on, observation, reward or cost is not a number."""
 

@@ -297,6 +297,9 @@ def test_evaluation_does_not_change_offline_training(tmp_path, ball_file, offlin
     often = train_offline(tmp_path / "often", ball_file, eval_every=10, eval_episodes=2)
     assert same(parameters(networks(common.load_checkpoint(offline_run / "checkpoint.pt"))),
                 parameters(networks(often)))
+    metrics = read_metrics(tmp_path / "often/metrics.csv")
+    assert metrics["update_steps"].tolist() == [10, 20, 30, 40, 50, 60]  # not every 250 steps
+    assert np.isfinite(metrics["eval_sampled_cost"]).all()
 
 
 def test_evaluation_does_not_change_finetuning(tmp_path, ball_file, offline_run):

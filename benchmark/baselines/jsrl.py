@@ -391,7 +391,7 @@ def main(args: Args) -> None:
     def state():
         return needed | {name: part.state_dict() for name, part in parts.items()} | dict(
             cost_limit=args.cost_limit, log_alpha=log_alpha.detach(), count=count, evaluations=evaluations,
-            rng=rng.bit_generator.state,
+            rng=rng.bit_generator.state, dataset_sha256=task.dataset_sha256,
             buffer={key: value[:count["env_steps"]].clone() for key, value in storage.items()})
 
     if saved:

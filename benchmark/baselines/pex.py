@@ -334,7 +334,7 @@ def main(args: Args) -> None:
     # --- Offline dataset, networks, optimisers ---
     actor = Actor(task.obs_dim, task.act_dim).to(device)
     q, qc = Critic(2, task.obs_dim, task.act_dim).to(device), Critic(1, task.obs_dim, task.act_dim).to(device)
-    dataset = common.read_dataset(common.find_dataset(task, args.dataset_path), task)
+    dataset = common.read_dataset(common.find_dataset(task, args.dataset_path), task, saved)
     dataset["rewards"] *= args.reward_scale
     offline_data = {key: value.to(device) for key, value in dataset.items()}
     path = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
@@ -423,7 +423,7 @@ def main(args: Args) -> None:
     def state():
         return needed | {name: part.state_dict() for name, part in parts.items()} | dict(
             cost_limit=args.cost_limit, log_alpha=log_alpha.detach(), count=count, evaluations=evaluations,
-            rng=rng.bit_generator.state,
+            rng=rng.bit_generator.state, dataset_sha256=task.dataset_sha256,
             buffer={key: value[:count["env_steps"]].clone() for key, value in storage.items()})
 
     if saved:
