@@ -55,7 +55,7 @@ in shuffled order, between two synchronisations. BallCircle's dataset, on the de
 of 256 x 256, from random networks on, float32. With the drawing of the batch, without logging.
 
 - plain: the update as one writes it first (`throughput.py`)
-- eager: the scripts' own, but for the look at whether losses and gradients are finite
+- eager: the scripts' own, with the look at whether losses and gradients are finite; the others are without
 - {recorded}
 - compiled: torch.compile of the same function; it breaks off at backward and in Adam
 
@@ -89,10 +89,10 @@ def networks(device: torch.device, finish: Callable = lambda s: s) -> SimpleName
         return finish(start(BALL.obs_dim, BALL.act_dim, marvel.Args()))
 
 
-def build(make: Callable, name: str, s: SimpleNamespace, data: dict, *adam: Callable) -> Callable:
+def build(make: Callable, name: str, s: SimpleNamespace, data: dict, *others: Callable) -> Callable:
     """The update (of a batch) that `make` puts together, with the entropy weight where the data lies."""
     with torch.device(data["rewards"].device):
-        return make(UPDATES[name][0], s, *adam)
+        return make(UPDATES[name][0], s, *others)
 
 
 # --- The update as a graph ---
@@ -104,7 +104,7 @@ def whole_update(name: str, s: SimpleNamespace, data: dict) -> tuple[Callable[[]
     """
     device = data["rewards"].device
     s.controller = SimpleNamespace(multiplier=torch.tensor(s.controller.multiplier, device=device))
-    update = build(UPDATES[name][1], name, s, data, ADAM)
+    update = build(UPDATES[name][1], name, s, data, ADAM, lambda **_: None)
     index = torch.randint(len(data["rewards"]), (BATCH,), device=device)
 
     def function():

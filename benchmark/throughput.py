@@ -107,8 +107,28 @@ def start(obs_dim: int, act_dim: int, args: marvel.Args) -> SimpleNamespace:
     return s
 
 
-def offline_update(args: offline.Args, s: SimpleNamespace,
-                   adam: Callable = torch.optim.Adam) -> Callable[[dict], dict]:
+def check_finite(**values) -> None:
+    """The scripts' run.check_finite, without a run."""
+    common.Run.check_finite(SimpleNamespace(dir="throughput", step=0, saved_at=0, on_gpu={}), **values)
+
+
+def minimise_with(check: Callable) -> Callable:
+    """The scripts' minimise, with `check` for run.check_finite."""
+    run = SimpleNamespace(check_finite=check)
+
+    def minimise(name, loss, optimizer):
+        params = optimizer.param_groups[0]["params"]
+        optimizer.zero_grad()
+        loss.backward(inputs=params)  # the actor's loss leaves the critics alone
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        run.check_finite(**{f"{name} loss": loss, f"{name} gradient": norm})
+        optimizer.step()
+
+    return minimise
+
+
+def offline_update(args: offline.Args, s: SimpleNamespace, adam: Callable = torch.optim.Adam,
+                   check: Callable = check_finite) -> Callable[[dict], dict]:
     """The update of offline_pretrain.py for args.algo: a batch in, what main logs out."""
     critic_params, actor_params = [*s.q.parameters(), *s.qc.parameters()], list(s.actor.parameters())
     target_params = [*s.q_target.parameters(), *s.qc_target.parameters(), *s.actor_target.parameters()]
@@ -117,42 +137,37 @@ def offline_update(args: offline.Args, s: SimpleNamespace,
     vae_optimizer = adam(s.vae.parameters(), args.vae_lr, fused=True)
     pid = offline.CriticPID(args.kp, args.ki, args.kd)
     s.log_mmd_weight = log_mmd_weight = torch.zeros((), requires_grad=True)
-    mmd_optimizer = adam([log_mmd_weight], args.critic_lr)
-
-    def minimise(loss, optimizer):
-        optimizer.zero_grad()
-        loss.backward(inputs=optimizer.param_groups[0]["params"])
-        optimizer.step()
+    mmd_optimizer, minimise = adam([log_mmd_weight], args.critic_lr), minimise_with(check)
 
     def update_critics(batch, targets, penalty=0.0):
         q_loss, qc_loss = offline.critic_loss(batch, s.q, s.qc, *targets)
-        minimise(q_loss + qc_loss + penalty, critic_optimizer)
+        minimise("critic", q_loss + qc_loss + penalty, critic_optimizer)
         return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=targets[0].mean(), qc_mean=targets[1].mean())
 
     def update_cpq(batch):
         vae_loss, kl = s.vae.loss(batch["observations"], batch["actions"], args.vae_beta)
-        minimise(vae_loss, vae_optimizer)
+        minimise("VAE", vae_loss, vae_optimizer)
         targets = offline.cpq_targets(batch, s.actor, s.q_target, s.qc_target, args.gamma, s.qc_threshold)
         shortfall, ood_share = offline.ood_shortfall(
             batch["observations"], s.actor, s.vae, s.qc, args.ood_actions, kl.quantile(args.ood_quantile),
             s.qc_threshold)
         losses = update_critics(batch, targets, args.ood_weight * shortfall)
         loss, safe, imitated = offline.actor_loss(batch, s.actor, s.q, s.qc, s.qc_threshold, args.bc_weight)
-        minimise(loss, actor_optimizer)
+        minimise("actor", loss, actor_optimizer)
         return losses | dict(actor_loss=loss, vae_loss=vae_loss, safe_share=safe, ood_share=ood_share,
                              imitated_share=imitated, ood_shortfall=shortfall)
 
     def update_bear_lag(batch):
         vae_loss, _ = s.vae.loss(batch["observations"], batch["actions"], args.vae_beta)
-        minimise(vae_loss, vae_optimizer)
+        minimise("VAE", vae_loss, vae_optimizer)
         losses = update_critics(batch, offline.bear_targets(
             batch, s.actor_target, s.q_target, s.qc_target, args.gamma, args.bear_actions))
         loss, policy_qc, distance = offline.bear_loss(
             batch["observations"], s.actor, s.vae, s.q, s.qc, args.bear_actions, pid.multiplier,
             log_mmd_weight.detach().exp())
-        minimise(loss, actor_optimizer)
+        minimise("actor", loss, actor_optimizer)
         pid.update(policy_qc.item() - s.qc_threshold)
-        minimise(-log_mmd_weight.exp() * (distance - args.mmd_limit), mmd_optimizer)
+        minimise("MMD weight", -log_mmd_weight.exp() * (distance - args.mmd_limit), mmd_optimizer)
         log_mmd_weight.data.clamp_(-5, 10)
         multiplier, mmd_weight = torch.tensor(pid.multiplier), log_mmd_weight.exp()
         return losses | dict(actor_loss=loss, vae_loss=vae_loss, policy_qc=policy_qc, mmd=distance,
@@ -167,7 +182,8 @@ def offline_update(args: offline.Args, s: SimpleNamespace,
     return update
 
 
-def soft_critics_update(args: marvel.Args, s: SimpleNamespace, adam: Callable) -> Callable[..., dict]:
+def soft_critics_update(args: marvel.Args, s: SimpleNamespace, adam: Callable,
+                        minimise: Callable) -> Callable[..., dict]:
     """marvel_sac_pid.py's update_critics(batch, policy, alpha, alpha_cost, tau)."""
     critic_params = [*s.q.parameters(), *s.qc.parameters()]
     target_params = [*s.q_target.parameters(), *s.qc_target.parameters()]
@@ -176,9 +192,7 @@ def soft_critics_update(args: marvel.Args, s: SimpleNamespace, adam: Callable) -
     def update_critics(batch, policy, alpha, alpha_cost, tau):
         targets = marvel.soft_targets(batch, policy, s.q_target, s.qc_target, args.gamma, alpha, alpha_cost)
         q_loss, qc_loss = marvel.critic_loss(batch, s.q, s.qc, *targets)
-        critic_optimizer.zero_grad()
-        (q_loss + qc_loss).backward()
-        critic_optimizer.step()
+        minimise("critic", q_loss + qc_loss, critic_optimizer)
         with torch.no_grad():
             torch._foreach_lerp_(target_params, critic_params, tau)
         return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=targets[0].mean(), qc_mean=targets[1].mean())
@@ -186,20 +200,21 @@ def soft_critics_update(args: marvel.Args, s: SimpleNamespace, adam: Callable) -
     return update_critics
 
 
-def vpa_update(args: marvel.Args, s: SimpleNamespace,
-               adam: Callable = torch.optim.Adam) -> Callable[[dict], dict]:
+def vpa_update(args: marvel.Args, s: SimpleNamespace, adam: Callable = torch.optim.Adam,
+               check: Callable = check_finite) -> Callable[[dict], dict]:
     """One step of value pre-alignment."""
-    update_critics = soft_critics_update(args, s, adam)
+    update_critics = soft_critics_update(args, s, adam, minimise_with(check))
     offline_policy = deepcopy(s.actor).requires_grad_(False)
     return lambda batch: update_critics(batch, offline_policy, args.vpa_alpha, args.vpa_alpha_cost,
                                         args.vpa_tau)
 
 
-def online_update(args: marvel.Args, s: SimpleNamespace,
-                  adam: Callable = torch.optim.Adam) -> Callable[[dict], dict]:
+def online_update(args: marvel.Args, s: SimpleNamespace, adam: Callable = torch.optim.Adam,
+                  check: Callable = check_finite) -> Callable[[dict], dict]:
     """One gradient step of online SAC: critics, actor, entropy weight."""
-    update_critics, actor_params = soft_critics_update(args, s, adam), list(s.actor.parameters())
-    actor_optimizer = adam(actor_params, args.actor_lr, fused=True)
+    minimise = minimise_with(check)
+    update_critics = soft_critics_update(args, s, adam, minimise)
+    actor_optimizer = adam(s.actor.parameters(), args.actor_lr, fused=True)
     s.log_alpha = log_alpha = torch.tensor(math.log(max(args.alpha, 1e-8)), requires_grad=True)
     alpha_optimizer = adam([log_alpha], args.actor_lr)
     act_dim = s.actor.head.out_features // 2
@@ -209,14 +224,10 @@ def online_update(args: marvel.Args, s: SimpleNamespace,
         losses = update_critics(batch, s.actor, alpha, 0.0, args.tau)
         loss, log_prob = marvel.actor_loss(batch["observations"], s.actor, s.q, s.qc, alpha,
                                            s.controller.multiplier)
-        actor_optimizer.zero_grad()
-        loss.backward(inputs=actor_params)
-        actor_optimizer.step()
+        minimise("actor", loss, actor_optimizer)
         if args.autotune:
             alpha_loss = -(log_alpha.exp() * (log_prob - act_dim)).mean()
-            alpha_optimizer.zero_grad()
-            alpha_loss.backward()
-            alpha_optimizer.step()
+            minimise("entropy weight", alpha_loss, alpha_optimizer)
         return losses | dict(actor_loss=loss, alpha=alpha, entropy=-log_prob.mean())
 
     return update
@@ -238,8 +249,10 @@ def online_loop(args: marvel.Args, s: SimpleNamespace, env_id: str) -> Callable[
         obs, done = common.reset_env(env, int(rng.integers(2**31))), False
         while not done:
             action = policy(obs, rng)
+            check_finite(observation=obs, action=action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             next_obs, done, cost = next_obs.astype(np.float32), terminated or truncated, info["cost"]
+            check_finite(observation=next_obs, reward=reward, cost=cost)
             transition = obs, next_obs, action, args.reward_scale * reward, cost, terminated, truncated
             for key, value in zip(common.DATASET_KEYS, transition, strict=True):
                 storage[key][count["env_steps"]] = torch.as_tensor(value)

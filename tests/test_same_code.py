@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import marvel_sac_pid
 import offline_pretrain
+from benchmark import throughput
 from benchmark.baselines import jsrl, pex, so2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +96,8 @@ def test_every_loss_is_minimised_by_the_same_code(script):
     text = closures(script)["minimise"]
     assert text == closures(marvel_sac_pid)["minimise"]
     assert len(text.splitlines()) == 7 and "check_finite" in text
+    timed = inspect.getsource(throughput.minimise_with)
+    assert textwrap.dedent(text) in textwrap.dedent(timed.partition("\n\n")[2])
     # and by no other: nothing else in the script takes a gradient step
     source = inspect.getsource(script)
     for word in (".backward(", ".step()", ".zero_grad("):
