@@ -201,7 +201,7 @@ def read_dataset(path: Path, task: Task, saved: dict | None = None) -> dict[str,
             made_for = str(file.attrs.get("task", task.env_id))
     except Exception as error:  # h5py raises many types
         stop(f"{path}: not a readable HDF5 file ({error!s:.100})")
-    need(not saved or saved["dataset_sha256"] == task.dataset_sha256, f"{path}: not the resumed run's data")
+    need(not saved or saved.get("dataset_sha256") == task.dataset_sha256, f"{path}: not this run's dataset")
     need(made_for == task.env_id, f"{path}: collected from {made_for}, not from {task.env_id}")
     n, data = len(raw["rewards"]), {}
     shapes = dict.fromkeys(DATASET_KEYS[:2], (n, task.obs_dim)) | {"actions": (n, task.act_dim)}
@@ -370,7 +370,7 @@ class Run:
         """End the run at a number, an array or a tensor that is not finite, before it is logged or saved."""
         for name, value in values.items():
             if getattr(value, "is_cuda", False):  # for row and checkpoint, as each step would wait
-                self.on_gpu[name] = self.on_gpu.get(name, 0) + 0 * value  # stays nan
+                self.on_gpu[name] = self.on_gpu.get(name, 0) + 0 * value.detach()  # stays nan
             elif not torch.as_tensor(value).isfinite().all():
                 stop(f"{self.dir}: {name} is not finite at step {self.step}; the last good checkpoint is of "
                      f"step {self.saved_at or '0, that is none'}", status=1)

@@ -55,9 +55,11 @@ in shuffled order, between two synchronisations. BallCircle's dataset, on the de
 of 256 x 256, from random networks on, float32. With the drawing of the batch, without logging.
 
 - plain: the update as one writes it first (`throughput.py`)
-- eager: the scripts' own, with the look at whether losses and gradients are finite; the others are without
+- eager: the scripts' own, with the look at whether losses and gradients are finite
 - {recorded}
 - compiled: torch.compile of the same function; it breaks off at backward and in Adam
+
+The last two compute the norms of the gradients, but do not look at them.
 
 {checks}
 
@@ -115,7 +117,10 @@ def whole_update(name: str, s: SimpleNamespace, data: dict) -> tuple[Callable[[]
 
 
 def capture(function: Callable[[], dict]) -> Callable[[], dict]:
-    """`function` as one CUDA graph, after WARM_UP calls; replays fill the tensors that it gave last."""
+    """`function` as one CUDA graph, after WARM_UP calls; replays fill the tensors that it gave last.
+
+    A graph knows addresses only: what it gives keeps `function`, and with it all that is at them.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # on a side stream, as torch asks: Adam and cuBLAS make their memory
@@ -126,7 +131,7 @@ def capture(function: Callable[[], dict]) -> Callable[[], dict]:
     with torch.cuda.graph(graph, stream=stream):  # what the warm-up left is of this stream
         losses = function()
 
-    def replay():
+    def replay(_kept=function):
         graph.replay()
         return losses
 

@@ -31,7 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 import marvel_sac_pid as marvel  # noqa: E402
 import offline_pretrain as offline  # noqa: E402
-from benchmark.throughput import BALL, UPDATES, cpu_name, spread, start, transitions  # noqa: E402
+from benchmark.throughput import (  # noqa: E402
+    BALL,
+    UPDATES,
+    check_finite,
+    cpu_name,
+    minimise_with,
+    spread,
+    start,
+    transitions,
+)
 
 CAPTION = """Made by `python benchmark/many_seeds.py{option}`.
 
@@ -121,10 +130,11 @@ def sample(data, seeds, n):
     return {key: x.unflatten(0, (seeds, n)) for key, x in offline.sample(data, seeds * n).items()}
 
 
+minimise_one = minimise_with(check_finite)  # the scripts' own
+
+
 def minimise(losses, optimizer):
-    optimizer.zero_grad()
-    losses.sum().backward(inputs=optimizer.param_groups[0]["params"])  # no parameter is in two seeds' losses
-    optimizer.step()  # Adam is elementwise
+    minimise_one("stacked", losses.sum(), optimizer)  # no parameter is in two seeds' losses
 
 
 def update_critics(batch, s, targets, penalty=0.0):
@@ -201,12 +211,13 @@ def make_step(name: str, seeds: int, device: str) -> Callable[[], dict]:
 
 def measure(step: Callable[[], object], seeds: int, seconds: float, cuda: bool) -> tuple[float, float]:
     """Seed-steps per second and per CPU second, measured for `seconds` or one step."""
+    finish = torch.cuda.synchronize if cuda else lambda: None  # a GPU is handed work, not waited for
+    finish()
     calls, cpu, wall = 0, time.process_time(), time.perf_counter()
     while calls == 0 or time.perf_counter() - wall < seconds:
         step()
         calls += 1
-        if cuda:
-            torch.cuda.synchronize()  # the scripts do, too: they look at every loss before its step
+    finish()
     return seeds * calls / (time.perf_counter() - wall), seeds * calls / (time.process_time() - cpu)
 
 

@@ -23,14 +23,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import marvel_sac_pid  # noqa: E402
+from benchmark.throughput import cpu_name  # noqa: E402
 
 
 @dataclass
 class Args:
     first: int = 20_000
-    """environment steps of the first reading"""
+    """environment steps of the first reading, a multiple of 100"""
     last: int = 200_000
-    """environment steps of the run, and of the last reading"""
+    """environment steps of the run, and of the last reading, a multiple of 100"""
+    output: str = "benchmark/results/memory.md"
+    """report to write"""
 
 
 class Drift(gym.Env):
@@ -79,6 +82,8 @@ def read_large_dataset(path: Path) -> str:
 
 def main(args: Args) -> None:
     common.need(0 < args.first < args.last, f"--first {args.first}: must be between 0 and --last {args.last}")
+    common.need(args.first % 100 == args.last % 100 == 0,
+                f"--first {args.first}, --last {args.last}: must be multiples of 100, an episode's steps")
     gym.register("Drift-v0", Drift, max_episode_steps=100)
     readings, row = {}, common.Run.row
 
@@ -96,8 +101,12 @@ def main(args: Args) -> None:
             env_id="Drift-v0", from_scratch=True, total_timesteps=args.last, utd=0.001, eval_every=2_000,
             eval_episodes=1, checkpoint_every=2_000, run_dir=folder + "/run"))
     first, last = (readings[step] for step in (args.first, args.last))
-    print(f"{first:.0f} MB at {args.first} steps, {last:.0f} MB at {args.last}: {last - first:+.0f} MB")
-    print(large)
+    text = (f"`python benchmark/memory.py`, {cpu_name()}:\n\n"
+            f"- a run: {first:.0f} MB at {args.first} steps, {last:.0f} MB at {args.last}: "
+            f"{last - first:+.0f} MB\n"
+            f"- a dataset: {large}\n")
+    common.write_file(Path(args.output), text.encode())
+    print(text)
 
 
 if __name__ == "__main__":

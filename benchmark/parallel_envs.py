@@ -70,10 +70,10 @@ def play_today(env: gym.Env, actor: marvel.Actor, buffer: dict, seeds: Sequence[
         rng, obs, done = np.random.default_rng(seed), common.reset_env(env, seed), False
         while not done:
             action = policy(obs, rng)
+            throughput.check_finite(observation=obs, action=action)
             next_obs, reward, terminated, truncated, info = env.step(action)
             next_obs, done, cost = next_obs.astype(np.float32), terminated or truncated, info["cost"]
-            for value in action, next_obs, reward, cost:
-                common.need(torch.as_tensor(value).isfinite().all(), "not finite")
+            throughput.check_finite(observation=next_obs, reward=reward, cost=cost)
             transition = obs, next_obs, action, reward, cost, terminated, truncated
             for key, value in zip(common.DATASET_KEYS, transition, strict=True):
                 buffer[key][step] = torch.as_tensor(value)

@@ -18,6 +18,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+from benchmark.throughput import cpu_name  # noqa: E402
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Args:
     """gradient steps of each"""
     rounds: int = 3
     """how often both are timed"""
+    output: str = "benchmark/results/seeds_in_parallel.md"
+    """report to write"""
 
 
 def seconds(seeds: int, update_steps: int) -> float:
@@ -50,9 +53,13 @@ def main(args: Args) -> None:
     for _ in range(args.rounds):
         alone, together = seconds(1, args.update_steps), seconds(args.seeds, args.update_steps)
         gains.append(args.seeds * alone / together)
-    print(f"{args.seeds} runs of {args.update_steps} updates at the same time: {min(gains):.2f} / "
-          f"{statistics.median(gains):.2f} / {max(gains):.2f} times as many updates per second as one "
-          f"(minimum, median, maximum of {args.rounds} rounds; load average {os.getloadavg()[0]:.1f})")
+    text = (f"`python benchmark/seeds_in_parallel.py`, {cpu_name()}, {os.cpu_count()} cores:\n\n"
+            f"{args.seeds} runs of {args.update_steps} updates at the same time: {min(gains):.2f} / "
+            f"{statistics.median(gains):.2f} / {max(gains):.2f} times as many updates per second as one "
+            f"(minimum, median, maximum of {args.rounds} rounds; "
+            f"load average {os.getloadavg()[0]:.1f} at the end)\n")
+    common.write_file(Path(args.output), text.encode())
+    print(text)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+from benchmark.throughput import cpu_name  # noqa: E402
 
 OFFLINE = "offline_pretrain.py --update-steps 1 --eval-episodes 1 --run-dir offline"
 RUNS = (OFFLINE, "marvel_sac_pid.py --vpa-steps 1 --total-timesteps 0 --eval-episodes 1 --run-dir online "
@@ -32,6 +33,8 @@ class Args:
     """how often both scripts are timed"""
     packages: int = 8
     """packages in the list of imports"""
+    output: str = "benchmark/results/startup.md"
+    """report to write"""
 
 
 def run(folder: str, command: str, *options: str) -> tuple[float, str]:
@@ -60,12 +63,16 @@ def main(args: Args) -> None:
             run(folder, command)
         seconds = [[run(folder, command)[0] for command in RUNS] for _ in range(args.rounds)]
         imports = import_seconds(run(folder, OFFLINE, "-X", "importtime")[1])
+    load = f"load average {os.getloadavg()[0]:.1f} at the end"
+    text = f"`python benchmark/startup.py`, {cpu_name()}, {load}:\n\n"
     for command, times in zip(RUNS, zip(*seconds, strict=True), strict=True):
-        print(f"{command.split()[0]}, a run of one gradient step: {min(times):.2f} / "
-              f"{statistics.median(times):.2f} / {max(times):.2f} s "
-              f"(minimum, median, maximum of {args.rounds}; load average {os.getloadavg()[0]:.1f})")
-    print(f"imports of offline_pretrain.py, {imports.total():.2f} s while each is timed: "
-          + ", ".join(f"{name} {value:.2f}" for name, value in imports.most_common(args.packages)))
+        text += (f"- {command.split()[0]}, a run of one gradient step: {min(times):.2f} / "
+                 f"{statistics.median(times):.2f} / {max(times):.2f} s (minimum, median, maximum of "
+                 f"{args.rounds})\n")
+    largest = ", ".join(f"{name} {value:.2f}" for name, value in imports.most_common(args.packages))
+    text += f"- imports of offline_pretrain.py, {imports.total():.2f} s while each is timed: {largest}\n"
+    common.write_file(Path(args.output), text.encode())
+    print(text)
 
 
 if __name__ == "__main__":

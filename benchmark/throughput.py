@@ -47,7 +47,7 @@ import offline_pretrain as offline  # noqa: E402
 
 BULLET, MUJOCO = "SafetyBallCircle-v0", "SafetyHalfCheetahVelocityGymnasium-v1"
 BALL = common.Task(BULLET, obs_dim=8, act_dim=2, max_episode_steps=200)
-CAPTION = """Made by `python benchmark/throughput.py`.
+CAPTION = """Made by `python benchmark/throughput.py{option}`.
 
 {cpu}, one thread, torch {torch}, load average {load} at the end; {rounds} rounds of {slice_seconds:g} s.
 Updates and acting: {obs_dim} observations, {act_dim} actions, batch {batch}, networks of 256 x 256, from
@@ -668,8 +668,9 @@ def main(args: Args) -> None:
     groups[loop] = {"script": online_loop(options, start(BALL.obs_dim, BALL.act_dim, options), BULLET)}
 
     rates = measure(groups, {loop: BALL.max_episode_steps}, args.rounds, args.slice_seconds)
-    caption = CAPTION.format(cpu=cpu_name(), torch=torch.__version__, batch=batch, **vars(args),
-                             load=f"{os.getloadavg()[0]:.1f}")
+    caption = CAPTION.format(option=" --peer osrl" * (args.peer == "osrl"), cpu=cpu_name(),
+                             torch=torch.__version__, batch=batch, load=f"{os.getloadavg()[0]:.1f}",
+                             **vars(args))
     text = caption + table_rows(groups, rates)
     part = output.with_name(output.name + ".part")
     part.write_text(text)

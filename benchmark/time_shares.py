@@ -5,6 +5,7 @@
 Runs both scripts with their defaults and takes the time inside their functions, each without what it calls
 of the others in the list. What is in no row is the scripts' own code and what torch does in between.
 """
+import os
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import marvel_sac_pid  # noqa: E402
 import offline_pretrain  # noqa: E402
+from benchmark.throughput import cpu_name  # noqa: E402
 
 PARTS = {  # row: owners and names of what it counts
     "simulator": [(gym.wrappers.TimeLimit, "step"), (common, "reset_env")],
@@ -99,15 +101,15 @@ def main(args: Args) -> None:
             clock.switch()
             columns[title] = dict(clock.seconds)
     lines = [f"`python benchmark/time_shares.py`: {args.update_steps} offline updates, {args.vpa_steps} of "
-             f"VPA and {args.total_timesteps} environment steps online.", "",
+             f"VPA and {args.total_timesteps} environment steps online. {cpu_name()}, load average "
+             f"{os.getloadavg()[0]:.1f} at the end.", "",
              "| share of the time | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for part in [*PARTS, "the rest"]:
         shares = [100 * seconds.get(part, 0.0) / sum(seconds.values()) for seconds in columns.values()]
         lines.append(f"| {part} | " + " | ".join(f"{share:.1f} %" for share in shares) + " |")
     total = [f"{sum(seconds.values()):.0f}" for seconds in columns.values()]
     lines.append("| seconds | " + " | ".join(total) + " |")
-    (ROOT / args.output).parent.mkdir(parents=True, exist_ok=True)
-    common.write_file(ROOT / args.output, ("\n".join(lines) + "\n").encode())
+    common.write_file(Path(args.output), ("\n".join(lines) + "\n").encode())
     print("\n".join(lines))
 
 

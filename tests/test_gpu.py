@@ -5,6 +5,8 @@ they read and write, and makes them again. Kernels, streams and speed are beyond
 """
 
 import contextlib
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +111,30 @@ def test_capture_warms_up_on_its_own_stream_and_then_captures_once(stream_of):
     replay = gpu.capture(lambda: streams.append(stream_of()) or dict(a=torch.zeros(1)))
     assert streams == ["side"] * (gpu.WARM_UP + 1) and stream_of() == "default"
     assert replay() is replay() and len(streams) == gpu.WARM_UP + 1
+
+
+@pytest.mark.parametrize("name", gpu.MEASURED)
+def test_all_that_a_graph_works_on_is_kept(name, data, stream_of, monkeypatch):
+    """A graph of torch's keeps no tensor alive, other than the stand-in: this one knows none."""
+    class Empty(contextlib.nullcontext):
+        def replay(self):
+            pass
+
+    networks, refs = gpu.networks, []
+
+    def watched(*arguments):
+        s = networks(*arguments)
+        refs.extend(weakref.ref(p) for net in ("q", "qc_target") for p in getattr(s, net).parameters())
+        return s
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Empty)
+    monkeypatch.setattr(gpu, "networks", watched)
+    steps = gpu.versions(name, data, gpu.capture)
+    gc.collect()
+    assert all(ref() is not None for ref in refs[-12:])  # those of the graph
+    steps.clear()
+    gc.collect()
+    assert all(ref() is None for ref in refs)
 
 
 # --- The same update ---

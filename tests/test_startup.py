@@ -18,15 +18,17 @@ def test_imports_are_counted_by_package_without_those_inside_them():
 
 
 def test_both_scripts_are_timed_and_torch_is_among_the_imports(tmp_path):
-    status, stdout, stderr = run_script("benchmark/startup.py", "--rounds", 1, cwd=tmp_path)
+    status, stdout, stderr = run_script(
+        "benchmark/startup.py", "--rounds", 1, "--output", "x.md", cwd=tmp_path)
     assert status == 0, stderr
-    offline, online, imports = stdout.splitlines()
+    assert (tmp_path / "x.md").read_text() in stdout
+    offline, online, imports = stdout.strip().splitlines()[-3:]
     for line, script in (offline, "offline_pretrain.py"), (online, "marvel_sac_pid.py"):
-        low, middle, high = map(float, re.match(rf"{script}, .*: (\S+) / (\S+) / (\S+) s", line).groups())
+        low, middle, high = map(float, re.match(rf"- {script}, .*: (\S+) / (\S+) / (\S+) s", line).groups())
         assert 0.1 < low <= middle <= high
     total, torch = map(float, re.search(r", ([\d.]+) s while .*torch ([\d.]+)", imports).groups())
     assert 0 < torch < total
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.md"]
 
 
 @pytest.mark.parametrize("option", ["--rounds", "--packages"])
