@@ -14,11 +14,11 @@ import random
 import shlex
 import signal
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -93,7 +93,6 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
     """
     import bullet_safety_gym  # noqa: F401  (registers the tasks)
     from dsrl import infos  # also registers safety-gymnasium's tasks
-
     module, _, registered = env_id.rpartition(":")
     if not module and registered not in gym.registry:
         known = [url.rsplit("/", 1)[1].rsplit("-", 2)[0] for url in infos.DATASET_URLS.values()]
@@ -106,9 +105,8 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
             importlib.import_module(module)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            spec = deepcopy(gym.spec(registered))
-            horizon, spec.max_episode_steps = spec.max_episode_steps, None  # the time limit goes on last
-            env = gym.make(spec, disable_env_checker=True)
+            spec = gym.spec(registered)
+            env = gym.make(replace(spec, max_episode_steps=None), disable_env_checker=True)  # limited below
         spaces = env.observation_space, env.action_space
         boxes = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
         need(boxes and spaces[1].is_bounded(),
@@ -123,7 +121,7 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
         stop(f"--env-id {env_id}: does not run ({type(error).__name__}: {error!s:.100})")
     need(np.asarray(info.get("cost")).dtype.kind in "fiub" and np.ndim(info["cost"]) == 0,
          f"--env-id {env_id}: its step() gives no number info['cost'] to keep under a limit")
-    horizon = horizon or infos.DEFAULT_MAX_EPISODE_STEPS.get(name)
+    horizon = spec.max_episode_steps or infos.DEFAULT_MAX_EPISODE_STEPS.get(name)
     need(horizon, f"--env-id {env_id}: it has no time limit; register it with max_episode_steps")
     env = gym.wrappers.TimeLimit(env, horizon)
     if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
@@ -170,9 +168,8 @@ def find_dataset(task: Task, dataset_path: str | None) -> Path:
     """The dataset's file: --dataset-path, else shipped, else in DSRL's cache, else downloaded into that."""
     cache = Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser()
     here = SHIPPED_DATASETS / f"{task.env_id}.hdf5", cache / (task.dataset_file or "none")
-    for file in [Path(dataset_path)] if dataset_path else here:
-        if os.path.isfile(file):
-            return file
+    for file in filter(os.path.isfile, [Path(dataset_path)] if dataset_path else here):
+        return file
     need(not dataset_path, f"--dataset-path {dataset_path}: no such file")
     need(task.dataset_file, f"{task.env_id} has no dataset: make one with benchmark/collect_dataset.py")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or every retry prints two lines
@@ -226,13 +223,6 @@ def read_dataset(path: Path, task: Task, saved: dict | None = None) -> dict[str,
     return data
 
 
-def episode_sums(data: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(last row, return, cost) of every finished episode of a dataset, each (episodes,)."""
-    ends = np.flatnonzero((np.asarray(data["terminals"]) > 0) | (np.asarray(data["timeouts"]) > 0))
-    totals = [np.cumsum(np.asarray(data[key], np.float64))[ends] for key in ("rewards", "costs")]
-    return ends, *(np.diff(total, prepend=0.0) for total in totals)
-
-
 # --- Run files ---
 def write_file(path: Path, content: bytes) -> None:
     """Write under a temporary name, flush, then rename: what was there stays whole until the new file is."""
@@ -264,7 +254,7 @@ def load_checkpoint(path: str | Path) -> dict:
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises many types, with long explanations
         stop(f"--checkpoint {path}: not a readable checkpoint: truncated, none, or with code (never run)")
-    need(isinstance(checkpoint, dict) and checkpoint.get("version") == CHECKPOINT_VERSION,
+    need(isinstance(checkpoint, dict) and repr(checkpoint.get("version")) == repr(CHECKPOINT_VERSION),
          f"--checkpoint {path}: damaged, or not written by this version of offline_pretrain.py")
     return checkpoint
 
@@ -272,20 +262,22 @@ def load_checkpoint(path: str | Path) -> dict:
 def check_checkpoint(path: str | Path, checkpoint: dict, expected: dict, **nets: torch.nn.Module) -> None:
     """Stop with one line at the first field or network of a checkpoint that is not what the script needs."""
     for name, value in expected.items():
-        need(checkpoint.get(name) == value,
-             f"--checkpoint {path}: {name} is {checkpoint.get(name)}, this run needs {value}")
+        need(not torch.is_tensor(its := checkpoint.get(name)) and its == value,
+             f"--checkpoint {path}: {name} is {its}, this run needs {value}")
     for name, net in nets.items():
-        its, shapes = checkpoint.get(name), {key: x.shape for key, x in net.state_dict().items()}
-        fits = isinstance(its, dict) and {key: getattr(x, "shape", None) for key, x in its.items()} == shapes
-        need(fits and all(x.isfinite().all() for x in its.values()),
-             f"--checkpoint {path}: {name} is missing (PEX has two), not finite, or of another shape")
+        its, mine = checkpoint.get(name), net.state_dict()
+        need(isinstance(its, dict) and its.keys() == mine.keys() and all(
+            torch.is_tensor(x) and x.is_cpu and (x.shape, x.dtype, x.layout) == (y.shape, y.dtype, y.layout)
+            and x.isfinite().all() for x, y in ((its[key], mine[key]) for key in mine)),
+             f"--checkpoint {path}: {name} is missing (PEX has two), not finite, or of another shape or type")
 
 
 def start(args: Any) -> tuple[Any, dict | None]:
     """Check the options; with --resume, give that run's and its last checkpoint (None: none yet)."""
     saved, folder = None, Path(args.resume or "")
     if args.resume is not None:
-        need(args == type(args)(resume=args.resume),
+        typed = sys.argv[3:] if type(args).__module__ == "__main__" else []  # though it be the default
+        need(args == type(args)(resume=args.resume) and not typed,
              "--resume takes no other option: the run goes on with those that it was started with")
         try:
             config = json.loads((folder / "config.json").read_text())
@@ -294,7 +286,8 @@ def start(args: Any) -> tuple[Any, dict | None]:
             stop(f"--resume {folder}: has no config.json (start it again) or one of another script, version")
         if (folder / "checkpoint.pt").exists():
             saved = load_checkpoint(folder / "checkpoint.pt")
-            need(saved.get("args") == config and (folder / "metrics.csv").exists(),
+            size = sum(file.stat().st_size for file in folder.glob("metrics.csv"))
+            need(saved.get("args") == config and size >= saved["metrics_bytes"],
                  f"--resume {folder}: config.json, metrics.csv and checkpoint.pt are not those of one run")
         if saved and saved["finished"]:
             print(f"{folder}: this run is finished")
@@ -311,9 +304,10 @@ class Run:
         config, self.every, self.signal, self.on_gpu = self.dir / "config.json", args.checkpoint_every, 0, {}
         self.step = self.saved_at = saved["step"] if saved else 0  # of all phases; the script counts it up
         self.command = f"`{shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}`"
-        need(args.overwrite or args.resume or not any(os.path.exists(self.dir / x) for x in RUN_FILES[:2]),
-             f"--run-dir {run_dir}: holds a run; {self.command} goes on with it, --overwrite starts over")
         try:
+            there = [file for name in (*RUN_FILES, "metrics.csv") for file in self.dir.glob(name)]
+            need(args.overwrite or args.resume or not any(x.is_file() and x.stat().st_size for x in there),
+                 f"--run-dir {run_dir}: holds a run; {self.command} goes on with it, --overwrite starts over")
             self.args = json.loads(config.read_text()) if args.resume else asdict(args)
             if args.track:  # before anything is written, as it may fail
                 import wandb
@@ -322,13 +316,14 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.file = open(self.dir / "metrics.csv", "a", newline="")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process to a folder
-            size = saved["metrics_bytes"] if saved else 0
-            need(self.file.tell() >= size, f"--resume {run_dir}: metrics.csv is shorter than it was")
+            path = self.dir / "checkpoint.pt"
+            step = load_checkpoint(path)["step"] if args.resume and path.exists() else None
+            need(step == (saved and saved["step"]), f"--resume {run_dir}: another process has just done so")
             self.handlers = {k: signal.signal(k, self.on_signal) for k in (signal.SIGINT, signal.SIGTERM)}
             for old in () if saved else RUN_FILES[bool(args.resume):]:  # a resumed run keeps its options
                 for file in self.dir.glob(old):
                     file.unlink()
-            self.file.truncate(size)
+            self.file.truncate(saved["metrics_bytes"] if saved else 0)
             self.csv = csv.DictWriter(self.file, columns, lineterminator="\n")
             if saved:
                 torch.set_rng_state(saved["torch_rng"])
@@ -351,12 +346,16 @@ class Run:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
-        os.write(2, b"\nends at the next checkpoint; once more ends at once\n")  # print may be under way
+        time.sleep(0.1)  # Ctrl-C ends `| tee` as well
+        try:  # print may be under way
+            os.write(2, b"\nends at the next checkpoint; once more ends at once\n")
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def row(self, step: int, values: dict[str, float], to_csv: bool = True) -> None:
         """Numbers to TensorBoard (and W&B through it), and as a line, flushed, to metrics.csv."""
-        numbers = {name: float(value) for name, value in (self.on_gpu | values).items()}
-        self.check_finite(**{k: v for k, v in numbers.items() if k != "normalized_return"})
+        known = self.on_gpu | values | {"normalized_return": 0}  # nan where DSRL does not have the task
+        self.check_finite(**{name: float(value) for name, value in known.items()})
         try:
             if to_csv:
                 self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
@@ -379,6 +378,7 @@ class Run:
         """Save state() where it is time, a signal has come (which ends the program), or it is the last."""
         if self.step - self.saved_at >= self.every or self.signal or last:
             self.check_finite(**{name: float(value) for name, value in self.on_gpu.items()})
+            need(os.fstat(self.file.fileno()).st_nlink, f"--run-dir {self.dir}: was deleted; this run ends")
             self.file.flush()
             os.fsync(self.file.fileno())  # never behind the checkpoint
             save_checkpoint(self.dir / "checkpoint.pt", {
@@ -388,7 +388,7 @@ class Run:
             self.saved_at = self.step
         if self.signal and not last:
             self.close()
-            tqdm.write(f"stopped at step {self.step}: {self.command} goes on with it")
+            tqdm.write(f"stopped at step {self.step}: {self.command} goes on with it", sys.stderr)
             raise SystemExit(128 + self.signal)
 
     def close(self) -> None:

@@ -424,6 +424,7 @@ def main(args: Args) -> None:
             while count["env_steps"] < max(1, args.learning_starts):
                 row = play_episode(actor.numpy_policy())
                 run.row(row["env_steps"], row)
+                run.checkpoint(state)
             offline_data = {key: value[:count["env_steps"]] for key, value in storage.items()}
         for step in tqdm(range(run.step - count["env_steps"], args.vpa_steps), "VPA", mininterval=1):
             losses = update_critics(sample(offline_data, args.batch_size), actor, args.vpa_alpha,
@@ -486,7 +487,6 @@ def main(args: Args) -> None:
                          "lambda": f"{controller.multiplier:.3f}"}, refresh=False)
         bar.update(env_steps - first)
         run.checkpoint(state)
-    bar.close()
 
     # --- Save ---
     run.checkpoint(state, last=True)

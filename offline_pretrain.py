@@ -213,6 +213,13 @@ def sample(data, n):
     return {key: value[index] for key, value in data.items()}
 
 
+def episode_sums(data: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(last row, return, cost) of every finished episode of a dataset, each (episodes,)."""
+    ends = np.flatnonzero((np.asarray(data["terminals"]) > 0) | (np.asarray(data["timeouts"]) > 0))
+    totals = [np.cumsum(np.asarray(data[key], np.float64))[ends] for key in ("rewards", "costs")]
+    return ends, *(np.diff(total, prepend=0.0) for total in totals)
+
+
 @torch.no_grad()
 def cpq_targets(batch, actor, q_target, qc_target, gamma, qc_threshold):
     """One-step targets (batch,) of Q and Qc; Q's bootstrap is masked where the next action is unsafe (eq. 8).
@@ -342,7 +349,7 @@ def main(args: Args) -> None:
     # --- Dataset ---
     dataset_file = common.find_dataset(task, args.dataset_path)
     dataset = common.read_dataset(dataset_file, task, saved)
-    ends, returns, costs = common.episode_sums(dataset)
+    ends, returns, costs = episode_sums(dataset)
     safe_returns = returns[costs <= args.cost_limit]
     print(f"{dataset_file.name}: {len(returns)} episodes, {len(dataset['rewards'])} transitions; "
           f"{len(safe_returns)} episodes within the limit, 75th percentile of their return "

@@ -22,6 +22,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import offline_pretrain  # noqa: E402
 from benchmark.export_dataset import episodes_of, write_dataset  # noqa: E402
 
 
@@ -107,7 +108,7 @@ def main(args: Args) -> None:
         with h5py.File(file) as f:
             parts.append({key: f[key][()] for key in common.DATASET_KEYS})
     data = {key: np.concatenate([part[key] for part in parts]) for key in common.DATASET_KEYS}
-    ends, returns, costs = common.episode_sums(data)
+    ends, returns, costs = offline_pretrain.episode_sums(data)
     kept = thin(costs, returns, args.max_episodes, np.random.default_rng(args.seed))
     starts = np.concatenate([[0], ends[:-1] + 1])
     rows = np.concatenate([np.arange(starts[k], ends[k] + 1) for k in kept])

@@ -28,6 +28,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import offline_pretrain  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "results"
 DATASETS = ROOT / "datasets"
@@ -111,7 +112,7 @@ def collect(task: str, work: Path) -> bool:
         return False
     with h5py.File(file) as f:
         data = {key: f[key][()] for key in ("rewards", "costs", "terminals", "timeouts")}
-    _, returns, costs = common.episode_sums(data)
+    _, returns, costs = offline_pretrain.episode_sums(data)
     safe = returns[costs <= 20]
     quartiles = np.quantile(safe, [0.25, 0.5, 0.75]) if len(safe) else [float("nan")] * 3
     facts = dict(

@@ -14,6 +14,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
+import offline_pretrain  # noqa: E402
 
 
 @dataclass
@@ -57,7 +58,7 @@ def main(args: Args) -> None:
                 f"--output {output}: must be a file in a folder that can be written to")
     data, attributes = episodes_of(args.checkpoint)
     write_dataset(output, data, attributes)
-    _, returns, costs = common.episode_sums(data)
+    _, returns, costs = offline_pretrain.episode_sums(data)
     print(f"{output}: {len(returns)} episodes, {len(data['rewards'])} transitions; "
           f"return {returns.min():.1f} to {returns.max():.1f}, cost {costs.min():g} to {costs.max():g}")
 

@@ -244,6 +244,13 @@ def weight(network, value):
     return change
 
 
+def other_kind(change):
+    """One weight is another kind of tensor, with the same numbers where it can hold them."""
+    def replace(content):
+        content["actor"]["fc1.weight"] = change(content["actor"]["fc1.weight"])
+    return replace
+
+
 def other_shapes(content):
     content["actor"] = marvel_sac_pid.Actor(8, 2, hidden=64).state_dict()
 
@@ -490,6 +497,12 @@ CASES = {
     "checkpoint-network-of-other-shapes": (checkpoint(other_shapes), "actor is", "shape"),
     "checkpoint-layer-lost": (checkpoint(layer_lost), "q is", "shape"),
     "checkpoint-network-is-a-number": (checkpoint(field("actor", 3)), "actor is"),
+    **{f"checkpoint-weight-is-{name}": (checkpoint(other_kind(kind)), "actor is", "type") for name, kind in {
+        "sparse": lambda x: x.to_sparse(),
+        "meta": lambda x: x.to("meta"), "double": lambda x: x.double(), "half": lambda x: x.half(),
+        "integer": lambda x: x.to(torch.int8), "complex": lambda x: x.to(torch.complex64)}.items()},
+    "checkpoint-version-of-two": (checkpoint(field("version", torch.tensor([2, 2]))), "not written by this"),
+    "checkpoint-size-of-two": (checkpoint(field("obs_dim", torch.tensor([8, 8]))), "obs_dim is"),
     "checkpoint-weights-are-text": (checkpoint(field("actor", {"fc1.weight": "0.5"})), "actor is"),
     # --- Options ---
     **{f"{name}={value}": (option(**{name: value}), NO_RANGE) for name, value in [
@@ -562,9 +575,9 @@ CASES = {
     "resume-config-of-another-limit": (resume(config(cost_limit=25.0), offline_pretrain, "offline"),
                                        OTHER_RUN),
     "resume-config-out-of-range": (resume(never_saved(batch_size=0), names="--batch-size 0"), NO_RANGE),
-    "resume-metrics-shortened": (resume(cut("metrics.csv", -3)), "metrics.csv is shorter than it was"),
+    "resume-metrics-shortened": (resume(cut("metrics.csv", -3)), OTHER_RUN),
     "resume-metrics-shortened-offline": (resume(cut("metrics.csv", -3), offline_pretrain, "offline"),
-                                         "metrics.csv is shorter than it was"),
+                                         OTHER_RUN),
     "resume-metrics-missing": (resume(lambda folder: (folder / "metrics.csv").unlink()), "metrics.csv"),
     "resume-checkpoint-truncated": (resume(cut("checkpoint.pt", -1000), names="checkpoint.pt"), NOT_READ),
     "resume-checkpoint-code": (resume(saved_payload, names="checkpoint.pt"), NOT_READ),
@@ -578,7 +591,8 @@ CASES = {
     "resume-other-data": (resume(other_data, names="replaced.hdf5"), "not this run's dataset"),
     "resume-other-data-offline": (resume(other_data, offline_pretrain, "offline", names="replaced.hdf5"),
                                   "not this run's dataset"),
-    "resume-without-hash": (resume(saved(lacking("dataset_sha256"))), "not this run's dataset"),
+    "resume-without-hash": (resume(saved(lacking("dataset_sha256")), names="data.hdf5"),
+                            "not this run's dataset"),
     "resume-dataset-gone": (resume(with_data("gone.hdf5"), names="--dataset-path gone.hdf5"), NO_FILE),
     "resume-in-another-process": (resume(lambda folder: lock_elsewhere(folder / "metrics.csv"),
                                          names="--run-dir"), "another process is writing there"),

@@ -11,6 +11,7 @@ import torch
 from conftest import TASK, random_transitions, run_script, single_line
 
 import common
+import offline_pretrain
 from benchmark import collect_dataset
 
 SCRIPT = "benchmark/collect_dataset.py"
@@ -30,13 +31,13 @@ def collected(tmp_path_factory):
 
 def test_collected_file_is_a_dataset_of_whole_episodes_of_the_runs(collected, ball_task):
     data = common.read_dataset(collected / "made/ball.hdf5", ball_task)
-    ends, returns, costs = common.episode_sums(data)
+    ends, returns, costs = offline_pretrain.episode_sums(data)
     assert ends.tolist() == [199, 399, 599]
     played = set()
     for limit in (10, 40):
         file = collected / f"work/{TASK}__seed5/limit{limit}-400steps-utd0.5.hdf5"
         run = common.read_dataset(file, ball_task)
-        _, run_returns, run_costs = common.episode_sums(run)
+        _, run_returns, run_costs = offline_pretrain.episode_sums(run)
         played |= set(zip(run_returns.round(3), run_costs, strict=True))
     assert len(played) == 4
     assert set(zip(returns.round(3), costs, strict=True)) < played

@@ -8,6 +8,7 @@ import torch
 from conftest import TASK
 
 import common
+import offline_pretrain
 from benchmark.collect_dataset import thin
 
 FLAGS = ("terminals", "timeouts")
@@ -183,7 +184,8 @@ def test_another_tasks_file_without_attributes_is_refused_by_its_width(tmp_path,
 def test_episode_sums_end_at_terminals_and_timeouts_and_leave_out_the_rest():
     table = {"rewards": [1, 2, 4, 8, 16, 32, 64], "costs": [0, 1, 0, 1, 1, 0, 9],
              "terminals": [0, 1, 0, 0, 0, 1, 0], "timeouts": [0, 0, 0, 0, 1, 0, 0]}
-    ends, returns, costs = common.episode_sums({key: np.array(row, np.float32) for key, row in table.items()})
+    ends, returns, costs = offline_pretrain.episode_sums(
+        {key: np.array(row, np.float32) for key, row in table.items()})
     assert ends.tolist() == [1, 4, 5]
     assert returns.tolist() == [3, 28, 32]
     assert costs.tolist() == [1, 2, 0]
@@ -193,7 +195,7 @@ def test_episode_sums_keep_their_digits_over_many_transitions():
     n = 200_000
     data = {"rewards": np.full(n, 0.1, np.float32), "costs": np.ones(n, np.float32),
             "terminals": np.zeros(n), "timeouts": np.arange(n) % 200 == 199}
-    _, returns, costs = common.episode_sums(data)
+    _, returns, costs = offline_pretrain.episode_sums(data)
     assert len(returns) == 1000
     np.testing.assert_allclose(returns, 20, rtol=1e-6)
     np.testing.assert_array_equal(costs, 200)

@@ -108,7 +108,8 @@ def test_file_holds_every_transition_that_was_played(tmp_path, capsys, ball_task
     assert np.flatnonzero(data["terminals"]).tolist() == [119]
     assert np.flatnonzero(data["timeouts"]).tolist() == [319, 519]
 
-    metrics, (ends, returns, costs) = read_metrics(run_dir / "metrics.csv"), common.episode_sums(data)
+    metrics = read_metrics(run_dir / "metrics.csv")
+    ends, returns, costs = offline_pretrain.episode_sums(data)
     assert (ends + 1).tolist() == metrics["env_steps"].tolist()
     np.testing.assert_allclose(returns, metrics["episode_return"], rtol=1e-5)
     np.testing.assert_allclose(costs, metrics["episode_cost"], rtol=1e-5)
@@ -156,7 +157,7 @@ def test_checkpoint_of_an_unfinished_run_gives_its_episodes_so_far(tmp_path, bal
     common.save_checkpoint(tmp_path / "part.pt", part)
     main(Args(str(tmp_path / "part.pt"), str(tmp_path / "x.hdf5")))
     data = common.read_dataset(tmp_path / "x.hdf5", ball_task)
-    assert len(data["rewards"]) == 320 and len(common.episode_sums(data)[0]) == 2
+    assert len(data["rewards"]) == 320 and len(offline_pretrain.episode_sums(data)[0]) == 2
 
 
 # --- Writing ---

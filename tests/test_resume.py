@@ -11,6 +11,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,12 +297,13 @@ def test_second_signal_ends_the_run_at_once_and_the_checkpoint_stays(tmp_path, s
 def test_command_that_an_interrupted_script_prints_resumes_it(tmp_path, ball_file, settings, untouched):
     command = [sys.executable, str(ROOT / "offline_pretrain.py"), "--run-dir", "a run"]
     command += command_line({**TINY_OFFLINE, "dataset_path": ball_file, "update_steps": 60})
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          text=True) as process:
         while not (tmp_path / "a run/config.json").exists():
             time.sleep(0.05)
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        printed = process.communicate(timeout=60)[0]
+        printed = process.communicate(timeout=60)[1]
     if process.returncode == 0:
         pytest.fail("the run was over before the signal came")
     assert process.returncode == 128 + signal.SIGINT
@@ -310,6 +312,38 @@ def test_command_that_an_interrupted_script_prints_resumes_it(tmp_path, ball_fil
     again = subprocess.run([sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert_same_end(tmp_path / "a run", untouched("cpq")[0])
+
+
+def test_signal_while_the_policy_that_vpa_fits_to_is_rolled_out_saves_after_that_episode(
+        tmp_path, settings, untouched):
+    script, options = settings["rollouts"]
+    reference, _ = untouched("rollouts")
+    options = {**options, "checkpoint_every": 10**6}
+    do = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    at = "environment step", 400 + 50  # two episodes of evaluation, and into the first of two that count
+    status, _ = run(script, tmp_path / "run", at=at, do=do, **options)
+    saved = common.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert (status, saved["aligned"], saved["count"]["env_steps"]) == (128 + signal.SIGTERM, False, 200)
+    assert resume(script, tmp_path / "run")[0] == 0
+    assert_same_end(tmp_path / "run", reference)
+
+
+def test_ctrl_c_saves_though_what_shows_the_messages_dies_of_it_too(tmp_path, ball_file, untouched):
+    """As `2>&1 | tee` does."""
+    command = [sys.executable, str(ROOT / "offline_pretrain.py"), "--run-dir", "run"]
+    command += command_line({**TINY_OFFLINE, "dataset_path": ball_file})
+    read, write = os.pipe()
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=write, stderr=write)
+    os.close(write)
+    while not (tmp_path / "run/config.json").exists():
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.close(read)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    assert (tmp_path / "run/checkpoint.pt").exists()
+    assert resume(offline_pretrain, tmp_path / "run")[0] == 0
+    assert_same_end(tmp_path / "run", untouched("cpq")[0])
 
 
 # --- A full disk ---
@@ -350,6 +384,56 @@ def test_second_run_cannot_write_where_one_is_at_work(tmp_path, settings, untouc
     first.join(120)
     assert first.exitcode == 0
     assert_same_end(tmp_path / "run", untouched("online")[0])
+
+
+def test_run_whose_folder_was_deleted_does_not_write_into_the_next_one(tmp_path, settings, untouched):
+    script, options = settings["online"]
+    next_run, _ = untouched("cpq")
+
+    def replace():
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(next_run, tmp_path / "run")
+
+    status, printed = run(script, tmp_path / "run", at=("row", 2), do=replace, **options)
+    assert "was deleted" in single_line(status, "\n".join(re.findall("error: .*", printed)) + "\n")
+    assert "Traceback" not in printed
+    for name in ("config.json", "metrics.csv", "checkpoint.pt"):
+        assert (tmp_path / "run" / name).read_bytes() == (next_run / name).read_bytes()
+
+
+@pytest.mark.parametrize("when", ["before its first checkpoint", "after it"])
+def test_resuming_stops_where_another_process_went_on_with_the_run_meanwhile(tmp_path, settings, when):
+    script, options = settings["cpq"]
+    moment = 5 if when == "before its first checkpoint" else 100
+    assert run(script, tmp_path / "run", at=("gradient step", moment), do=kill, **options)[0] == -9
+    args, saved = common.start(script.Args(resume=str(tmp_path / "run")))
+    assert (saved is None) == (moment == 5)
+    assert resume(script, tmp_path / "run")[0] == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        common.Run(args, "offline_pretrain", ["update_steps"], saved)
+    assert stopped.value.code == 2
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "curves.png", "events.out.tfevents.1.of-another-project"])
+def test_files_of_another_project_are_not_taken_for_an_empty_folder(tmp_path, settings, name):
+    script, options = settings["cpq"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("precious")
+    status, printed = run(script, tmp_path / "run", **options)
+    assert "holds a run" in single_line(status, printed[printed.index("error: "):])
+    assert {file.name: file.read_text() for file in (tmp_path / "run").iterdir()} == {name: "precious"}
+
+
+def test_option_typed_beside_resume_is_refused_though_it_is_the_default(tmp_path, settings):
+    script, options = settings["cpq"]
+    assert run(script, tmp_path / "run", at=("gradient step", 100), do=kill, **options)[0] == -9
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    done = subprocess.run([sys.executable, ROOT / "offline_pretrain.py", "--resume", tmp_path / "run",
+                           "--cost-limit", "20"], capture_output=True, text=True)
+    assert "--resume takes no other option" in single_line(done.returncode, done.stderr)
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
 
 
 def test_folder_that_holds_a_run_is_refused_with_both_ways_out(tmp_path, settings, untouched):

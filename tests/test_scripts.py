@@ -189,7 +189,7 @@ def test_from_scratch_takes_no_update_before_learning_starts(tmp_path):
 def test_saved_episodes_are_a_dataset_of_what_was_logged(tmp_path, ball_file, offline_run, ball_task):
     finetune(tmp_path / "x", ball_file, offline_run)
     data = played(tmp_path / "x", ball_task)
-    ends, returns, costs = common.episode_sums(data)
+    ends, returns, costs = offline_pretrain.episode_sums(data)
     metrics = read_metrics(tmp_path / "x/metrics.csv")
     assert (ends + 1).tolist() == metrics["env_steps"].tolist()
     np.testing.assert_allclose(returns, metrics["episode_return"], rtol=1e-4)

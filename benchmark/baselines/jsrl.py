@@ -449,7 +449,6 @@ def main(args: Args) -> None:
                          "lambda": f"{controller.multiplier:.3f}"}, refresh=False)
         bar.update(env_steps - first)
         run.checkpoint(state)
-    bar.close()
 
     # --- Save ---
     run.checkpoint(state, last=True)
