@@ -323,7 +323,7 @@ class Run:
             for old in () if saved else RUN_FILES[bool(args.resume):]:  # a resumed run keeps its options
                 for file in self.dir.glob(old):
                     file.unlink()
-            self.file.truncate(saved["metrics_bytes"] if saved else 0)
+            self.file.seek(self.file.truncate(saved["metrics_bytes"] if saved else 0))  # where tell() is
             self.csv = csv.DictWriter(self.file, columns, lineterminator="\n")
             if saved:
                 torch.set_rng_state(saved["torch_rng"])

@@ -279,6 +279,22 @@ def test_signal_saves_and_says_how_to_resume(tmp_path, settings, untouched, numb
     assert_same_end(tmp_path / "run", reference)
 
 
+def test_run_that_is_stopped_before_it_logs_anything_can_be_resumed_again(tmp_path, settings, untouched):
+    script, options = settings["cpq"]
+    reference, _ = untouched("cpq")
+    # a checkpoint at step 17, the row of step 30, and the end before step 34: resuming cuts the row off
+    assert run(script, tmp_path / "run", at=("gradient step", 3 * 32), do=kill, **options)[0] == -9
+    saved, metrics = common.load_checkpoint(tmp_path / "run/checkpoint.pt"), tmp_path / "run/metrics.csv"
+    assert saved["step"] == 17 and saved["metrics_bytes"] < metrics.stat().st_size
+    do = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    assert resume(script, tmp_path / "run", at=("gradient step", 3), do=do)[0] == 128 + signal.SIGTERM
+    again = common.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert (again["step"], again["metrics_bytes"]) == (18, saved["metrics_bytes"])
+    assert again["metrics_bytes"] == metrics.stat().st_size
+    assert resume(script, tmp_path / "run")[0] == 0
+    assert_same_end(tmp_path / "run", reference)
+
+
 def test_second_signal_ends_the_run_at_once_and_the_checkpoint_stays(tmp_path, settings, untouched):
     script, options = settings["online"]
 
