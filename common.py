@@ -345,8 +345,8 @@ class Run:
         """SIGTERM or Ctrl-C: end the program at the next `checkpoint`; the second time, at once."""
         if self.signal:
             raise SystemExit(128 + number)
+        time.sleep(0.1)  # Ctrl-C ends `| tee` as well, and `timeout` sends a signal twice: that counts as one
         self.signal = number
-        time.sleep(0.1)  # Ctrl-C ends `| tee` as well
         try:  # print may be under way
             os.write(2, b"\nends at the next checkpoint; once more ends at once\n")
         except OSError:
