@@ -301,7 +301,7 @@ class Run:
 
     def __init__(self, args: Any, name: str, columns: list[str], saved: dict | None = None):
         run_dir = self.dir = Path(args.run_dir or f"runs/{args.env_id}__{name}__seed{args.seed}")
-        config, self.every, self.signal, self.on_gpu = self.dir / "config.json", args.checkpoint_every, 0, {}
+        config, self.every, self.signal, self.gpu = self.dir / "config.json", args.checkpoint_every, 0, {}
         self.step = self.saved_at = saved["step"] if saved else 0  # of all phases; the script counts it up
         self.command = f"`{shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}`"
         try:
@@ -316,22 +316,22 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.file = open(self.dir / "metrics.csv", "a", newline="")
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process to a folder
-            path = self.dir / "checkpoint.pt"
-            step = load_checkpoint(path)["step"] if args.resume and path.exists() else None
-            need(step == (saved and saved["step"]), f"--resume {run_dir}: another process has just done so")
+            steps = [load_checkpoint(x)["step"] for x in self.dir.glob("checkpoint.pt") if args.resume]
+            need(sum(steps) == self.step and (args.resume or args.overwrite or not self.file.tell()),
+                 f"--run-dir {run_dir}: another process has just been at work there")
             self.handlers = {k: signal.signal(k, self.on_signal) for k in (signal.SIGINT, signal.SIGTERM)}
             for old in () if saved else RUN_FILES[bool(args.resume):]:  # a resumed run keeps its options
                 for file in self.dir.glob(old):
                     file.unlink()
             self.file.seek(self.file.truncate(saved["metrics_bytes"] if saved else 0))  # where tell() is
+            if not args.resume:
+                write_file(config, json.dumps(self.args, indent=2).encode() + b"\n")
             self.csv = csv.DictWriter(self.file, columns, lineterminator="\n")
             if saved:
                 torch.set_rng_state(saved["torch_rng"])
                 torch.cuda.set_rng_state_all(saved["cuda_rng"])
             else:
                 self.csv.writeheader()
-            if not args.resume:
-                write_file(config, json.dumps(self.args, indent=2).encode() + b"\n")
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(self.dir))
         except OSError as error:
@@ -354,8 +354,7 @@ class Run:
 
     def row(self, step: int, values: dict[str, float], to_csv: bool = True) -> None:
         """Numbers to TensorBoard (and W&B through it), and as a line, flushed, to metrics.csv."""
-        known = self.on_gpu | values | {"normalized_return": 0}  # nan where DSRL does not have the task
-        self.check_finite(**{name: float(value) for name, value in known.items()})
+        self.check_finite(**{k: float(v) for k, v in (self.gpu | values | {"normalized_return": 0}).items()})
         try:
             if to_csv:
                 self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
@@ -369,7 +368,7 @@ class Run:
         """End the run at a number, an array or a tensor that is not finite, before it is logged or saved."""
         for name, value in values.items():
             if getattr(value, "is_cuda", False):  # for row and checkpoint, as each step would wait
-                self.on_gpu[name] = self.on_gpu.get(name, 0) + 0 * value.detach()  # stays nan
+                self.gpu[name] = self.gpu.get(name, 0) + 0 * value.detach()  # stays nan
             elif not torch.as_tensor(value).isfinite().all():
                 stop(f"{self.dir}: {name} is not finite at step {self.step}; the last good checkpoint is of "
                      f"step {self.saved_at or '0, that is none'}", status=1)
@@ -377,8 +376,9 @@ class Run:
     def checkpoint(self, state: Callable[[], dict], last: bool = False) -> None:
         """Save state() where it is time, a signal has come (which ends the program), or it is the last."""
         if self.step - self.saved_at >= self.every or self.signal or last:
-            self.check_finite(**{name: float(value) for name, value in self.on_gpu.items()})
-            need(os.fstat(self.file.fileno()).st_nlink, f"--run-dir {self.dir}: was deleted; this run ends")
+            self.check_finite(**{name: float(value) for name, value in self.gpu.items()})
+            here = [os.path.samefile(x, self.file.fileno()) for x in self.dir.glob("metrics.csv")]
+            need(any(here), f"--run-dir {self.dir}: was deleted or moved; this run ends")
             self.file.flush()
             os.fsync(self.file.fileno())  # never behind the checkpoint
             save_checkpoint(self.dir / "checkpoint.pt", {

@@ -159,7 +159,7 @@ def main(args: Args) -> None:
         except Exception as error:  # no EGL, no display, a renderer with a fault of its own, a full disk
             common.stop(f"--video {video}: no picture ({type(error).__name__}: {error!s:.100}); "
                         "for MuJoCo, MUJOCO_GL names the way: egl, osmesa or glfw")
-        print(f"{video}: mean-action episode {args.seed}, {len(frames)} pictures of {episode['length'][0]} "
+        print(f"{video}: mean-action episode {args.seed}, {len(frames)} pictures of {episode['length'][0]:g} "
               f"steps; return {episode['return'][0]:.1f}, cost {episode['cost'][0]:g}")
     env.close()
 

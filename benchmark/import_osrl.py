@@ -199,7 +199,7 @@ def main(args: Args) -> None:
     with torch.no_grad():
         median = actor.gaussian(torch.from_numpy(np.array(observations)))[1].exp().median().item()
     print(f"one mean-action episode: return {result['return'][0]:.1f}, cost {result['cost'][0]:g}, "
-          f"{result['length'][0]} steps; std of u {median:.2g}{'' if std else ' (median)'}, clamped to "
+          f"{result['length'][0]:.0f} steps; std of u {median:.2g}{'' if std else ' (median)'}, clamped to "
           f"[{low:.2g}, {high:.2g}], in OSRL to [{math.exp(-20):.1g}, {high:.2g}]")
     if median <= 1.001 * low:
         print("  it hardly explores, and under the clamp the std cannot be trained: finetune with --std 0.1")

@@ -109,7 +109,7 @@ def start(obs_dim: int, act_dim: int, args: marvel.Args) -> SimpleNamespace:
 
 def check_finite(**values) -> None:
     """The scripts' run.check_finite, without a run."""
-    common.Run.check_finite(SimpleNamespace(dir="throughput", step=0, saved_at=0, on_gpu={}), **values)
+    common.Run.check_finite(SimpleNamespace(dir="throughput", step=0, saved_at=0, gpu={}), **values)
 
 
 def minimise_with(check: Callable) -> Callable:

@@ -198,7 +198,7 @@ def test_gpu_is_not_waited_for_until_something_is_logged_or_saved(tmp_path, endi
     run = common.Run(args, "x", ["q_loss"])
     for run.step in range(1, 11):
         run.check_finite(**{"critic loss": torch.tensor(1.0, requires_grad=True).as_subclass(OnGpu)})
-    assert run.on_gpu["critic loss"].grad_fn is None  # or the graph of every step would be kept
+    assert run.gpu["critic loss"].grad_fn is None  # or the graph of every step would be kept
     OnGpu.waits = 0
     run.row(10, {"q_loss": 1.0})
     run.checkpoint(dict)

@@ -403,12 +403,15 @@ def test_second_run_cannot_write_where_one_is_at_work(tmp_path, settings, untouc
     assert_same_end(tmp_path / "run", untouched("online")[0])
 
 
-def test_run_whose_folder_was_deleted_does_not_write_into_the_next_one(tmp_path, settings, untouched):
+@pytest.mark.parametrize("how", ["deleted", "moved"])
+def test_run_whose_folder_was_taken_away_does_not_write_into_the_next_one(tmp_path, settings, untouched, how):
     script, options = settings["online"]
     next_run, _ = untouched("cpq")
 
     def replace():
-        shutil.rmtree(tmp_path / "run")
+        shutil.move(tmp_path / "run", tmp_path / "old")
+        if how == "deleted":
+            shutil.rmtree(tmp_path / "old")
         shutil.copytree(next_run, tmp_path / "run")
 
     status, printed = run(script, tmp_path / "run", at=("row", 2), do=replace, **options)
@@ -431,6 +434,35 @@ def test_resuming_stops_where_another_process_went_on_with_the_run_meanwhile(tmp
         common.Run(args, "offline_pretrain", ["update_steps"], saved)
     assert stopped.value.code == 2
     assert before == {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+
+
+def test_two_that_start_at_once_in_a_new_folder_do_not_both_write_there(tmp_path, settings, monkeypatch):
+    """The other is at work and gone between this one's look at the folder and its lock."""
+    script, options = settings["cpq"]
+    make, other = Path.mkdir, []
+
+    def mkdir(path, **how):
+        make(path, **how)
+        if path == tmp_path / "run" and not other:
+            other.append("at work")
+            other.append(run(script, path, **{**options, "seed": 7})[0])
+
+    args = script.Args(run_dir=str(tmp_path / "run"), **options)
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(SystemExit) as stopped:
+        common.Run(args, "offline_pretrain", ["update_steps"])
+    assert stopped.value.code == 2 and other == ["at work", 0]
+    assert contents(tmp_path / "run")[1]["step"] == 60
+
+
+def test_start_that_finds_the_disk_full_can_be_made_again(tmp_path, settings, untouched, monkeypatch):
+    script, options = settings["cpq"]
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "write_file", lambda *_: common.stop("full", status=1))
+        assert run(script, tmp_path / "run", **options)[0] == 1
+    assert (tmp_path / "run/metrics.csv").exists() and not (tmp_path / "run/config.json").exists()
+    assert run(script, tmp_path / "run", **options)[0] == 0
+    assert_same_end(tmp_path / "run", untouched("cpq")[0])
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "curves.png", "events.out.tfevents.1.of-another-project"])
