@@ -36,7 +36,7 @@ import marvel_sac_pid as marvel  # noqa: E402
 from benchmark import throughput  # noqa: E402
 
 TODAY, UPDATE = "today's loop", "online update"
-CAPTION = """Made by `python benchmark/parallel_envs.py`.
+CAPTION = """Made by `python benchmark/parallel_envs.py{option}`.
 
 {cpu}, {cores} cores, one thread per process, load average {load:.1f} at the end; {rounds} rounds, blocks of
 {episodes} episodes. A cell is minimum / **median** / maximum over rounds; CPU time is that of all processes:
@@ -239,7 +239,8 @@ def main(args: Args) -> None:
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     rows = "".join(measure(env_id, args) for env_id in args.env_ids)
-    text = CAPTION.format(cpu=throughput.cpu_name(), cores=os.cpu_count(), utd=marvel.Args.utd,
+    option = f" --episodes {args.episodes}" * (args.episodes != Args.episodes)
+    text = CAPTION.format(option=option, cpu=throughput.cpu_name(), cores=os.cpu_count(), utd=marvel.Args.utd,
                           load=os.getloadavg()[0], **vars(args)) + rows
     common.write_file(output, text.encode())  # under a temporary name first
     print(f"\n{text}\nwritten to {output}")
