@@ -300,14 +300,14 @@ class Run:
     """One run's folder and what is written there. With `saved`, `start`'s, metrics.csv is cut back to it."""
 
     def __init__(self, args: Any, name: str, columns: list[str], saved: dict | None = None):
-        run_dir = self.dir = Path(args.run_dir or f"runs/{args.env_id}__{name}__seed{args.seed}")
+        self.dir = Path(args.run_dir or f"runs/{args.env_id}__{name}__seed{args.seed}")
         config, self.every, self.signal, self.gpu = self.dir / "config.json", args.checkpoint_every, 0, {}
         self.step = self.saved_at = saved["step"] if saved else 0  # of all phases; the script counts it up
-        self.command = f"`{shlex.join(['python', sys.argv[0], '--resume', str(run_dir)])}`"
+        self.command = f"`{shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}`"
         try:
             there = [file for name in (*RUN_FILES, "metrics.csv") for file in self.dir.glob(name)]
             need(args.overwrite or args.resume or not any(x.is_file() and x.stat().st_size for x in there),
-                 f"--run-dir {run_dir}: holds a run; {self.command} goes on with it, --overwrite starts over")
+                 f"--run-dir {self.dir}: holds a run; {self.command} goes on with it, --overwrite restarts")
             self.args = json.loads(config.read_text()) if args.resume else asdict(args)
             if args.track:  # before anything is written, as it may fail
                 import wandb
@@ -318,7 +318,7 @@ class Run:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process to a folder
             steps = [load_checkpoint(x)["step"] for x in self.dir.glob("checkpoint.pt") if args.resume]
             need(sum(steps) == self.step and (args.resume or args.overwrite or not self.file.tell()),
-                 f"--run-dir {run_dir}: another process has just been at work there")
+                 f"--run-dir {self.dir}: another process has just been at work there")
             self.handlers = {k: signal.signal(k, self.on_signal) for k in (signal.SIGINT, signal.SIGTERM)}
             for old in () if saved else RUN_FILES[bool(args.resume):]:  # a resumed run keeps its options
                 for file in self.dir.glob(old):
@@ -336,9 +336,9 @@ class Run:
             self.board = SummaryWriter(str(self.dir))
         except OSError as error:
             locked, why = isinstance(error, BlockingIOError), f"cannot write there ({error.strerror})"
-            stop(f"--run-dir {run_dir}: {'another process is writing there' if locked else why}")
+            stop(f"--run-dir {self.dir}: {'another process is writing there' if locked else why}")
         except Exception as error:
-            stop(f"--run-dir {run_dir}: cannot start ({error!s:.100}); if it is Weights & Biases (--track), "
+            stop(f"--run-dir {self.dir}: cannot start ({error!s:.100}); if it is Weights & Biases (--track), "
                  "WANDB_MODE=offline needs no account")
 
     def on_signal(self, number: int, _frame: Any) -> None:

@@ -549,7 +549,7 @@ CASES = {
     "run-dir-name-too-long": (run_dir(lambda *_: "x" * 300), "cannot write there (File name too long)"),
     "metrics-is-a-folder": (run_dir(lambda *x: made("run/metrics.csv")(*x).parent), "(Is a directory)"),
     "run-dir-holds-a-run": (run_dir(copied), "there: holds a run", "there` goes on with it",
-                            "--overwrite starts over"),
+                            "--overwrite restarts"),
     "run-dir-holds-a-config-only": (run_dir(lambda *x: made("run/config.json", b"{}")(*x).parent),
                                     "holds a run", "--overwrite"),
     "run-dir-of-another-process": (run_dir(held, overwrite=True), "busy: another process is writing there"),
