@@ -1,19 +1,24 @@
-"""Helpers that both scripts use and that hold no algorithm: tasks, datasets, evaluation, run files.
+"""Helpers that all scripts use and that hold no algorithm: tasks, datasets, evaluation, a run's files.
 
 Units: a return or a cost is an undiscounted sum over one episode in the task's own units, unless its name
 says otherwise; actions are in [-1, 1]; a terminal ends the task, a timeout only cuts the episode.
 """
 import csv
+import errno
 import fcntl
+import functools
 import hashlib
 import importlib
+import inspect
 import io
 import json
+import math
 import os
 import random
 import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -32,17 +37,63 @@ from tqdm import tqdm
 DSRL_MIRROR = "YYY-45/DSRL"  # as in DSRL's main branch; the address inside the published package is dead
 SHIPPED_DATASETS = Path(__file__).parent / "datasets"
 DATASET_KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
-RUN_FILES = "config.json", "checkpoint.pt", "curves.png", "events.out.tfevents.*"  # and metrics.csv, the lock
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
+RUN_FILES = ("config.json", "checkpoint.pt", "metrics.csv", "curves.png", "events.out.tfevents.*")
+MISTAKE, FAILURE = 2, 1  # exit status: what the user has to mend, and what went wrong in a sound run
+
+# Smallest and largest value of the options that are checked; an option that is not listed is not.
+OPTION_BOUNDS = {
+    "seed": (0, 2**32 - 1),
+    "gamma": (0, 0.9999),
+    "reward_scale": (1e-9, 1e9),
+    "batch_size": (1, 1e9),
+    "critic_lr": (0, 1),
+    "actor_lr": (0, 1),
+    "vae_lr": (0, 1),
+    "tau": (0, 1),
+    "vpa_tau": (0, 1),
+    "cost_limit": (0, 1e9),
+    "cost_margin": (0, 1),
+    "utd": (1e-9, 1e9),
+    "update_steps": (1, 1e9),
+    "vpa_steps": (0, 1e9),
+    "total_timesteps": (0, 1e9),
+    "learning_starts": (0, 1e9),
+    "rollout_episodes": (1, 1e9),
+    "checkpoint_every": (1, 1e9),
+    "eval_every": (1, 1e9),
+    "eval_episodes": (1, 1e9),
+    "alpha": (0, 1e9),
+    "vpa_alpha": (0, 1e9),
+    "vpa_alpha_cost": (0, 1e9),
+    "lagrange_init": (0, 1e9),
+    "lagrange_max": (0, 1e9),
+    "kp": (0, 1e9),
+    "ki": (0, 1e9),
+    "kd": (0, 1e9),
+    "adapt_rate": (0, 1),
+    "vae_beta": (0, 1e9),
+    "bc_weight": (0, 1e9),
+    "ood_actions": (1, 1e9),
+    "ood_quantile": (0, 1),
+    "ood_weight": (0, 1e9),
+    "bear_actions": (1, 1e9),
+    "mmd_limit": (0, 1e9),
+    "jump_start_share": (0, 1),
+    "temperature": (1e-9, 1e9),
+    "target_noise": (0, 1e9),
+    "noise_clip": (0, 1e9),
+    "critic_updates": (1, 1e9),
+}
 
 
-def stop(message: str, status: int = 2) -> NoReturn:
-    """End the program with one line on stderr and no traceback; status 2 is a user's mistake."""
+def stop(message: str, status: int = MISTAKE) -> NoReturn:
+    """End the program with one line on stderr and no traceback."""
     tqdm.write("error: " + " ".join(message.splitlines()), sys.stderr)  # not behind a progress bar
     raise SystemExit(status)
 
 
-def need(condition: Any, message: str) -> None:
+def stop_unless(condition: Any, message: str) -> None:
     """Stop with the message unless the condition holds."""
     if not condition:
         stop(message)
@@ -50,16 +101,15 @@ def need(condition: Any, message: str) -> None:
 
 def check_options(args: Any) -> None:
     """Stop at the first option that makes no sense."""
-    counts = "update_steps batch_size eval_every checkpoint_every eval_episodes rollout_episodes".split()
-    most = dict(gamma=0.9999, tau=1, vpa_tau=1, cost_margin=1, ood_quantile=1, adapt_rate=1, seed=2**32 - 1)
-    for name, value in asdict(args).items():
-        low = 1 if name in counts or name.endswith("_actions") else 1e-9 * (name in ("utd", "reward_scale"))
-        high = most.get(name, 1 if name.endswith("_lr") else 1e9)
-        need(not isinstance(value, (int, float)) or low <= value <= high,
-             f"--{name.replace('_', '-')} {value}: must be between {low:g} and {high:.4g}")
-    need(not getattr(args, "from_scratch", False) or not (args.checkpoint or args.dataset_path),
-         "--from-scratch takes neither --checkpoint nor --dataset-path")
-    need(not args.cuda or torch.cuda.is_available(), "--cuda: torch finds no GPU here")
+    for name, (low, high) in OPTION_BOUNDS.items():
+        value = getattr(args, name, None)
+        if isinstance(value, (int, float)):
+            stop_unless(low <= value <= high,
+                        f"--{name.replace('_', '-')} {value}: must be between {low:g} and {high:.4g}")
+    if getattr(args, "from_scratch", False):
+        stop_unless(not args.checkpoint and not args.dataset_path,
+                    "--from-scratch takes neither --checkpoint nor --dataset-path")
+    stop_unless(not args.cuda or torch.cuda.is_available(), "--cuda: torch finds no GPU here")
 
 
 # --- Tasks ---
@@ -73,7 +123,6 @@ class Task:
     min_return: float = float("nan")
     max_return: float = float("nan")
     dataset_file: str | None = None
-    dataset_sha256: str | None = None  # read_dataset notes it here
 
     def normalized_return(self, episode_return: float) -> float:
         """(R - min R) / (max R - min R), DSRL's reference returns; nan for a task that DSRL does not have."""
@@ -86,7 +135,71 @@ def normalized_cost(episode_cost: float, cost_limit: float) -> float:
     return (episode_cost + eps) / (cost_limit + eps)
 
 
-def make_env(env_id: str) -> tuple[gym.Env, Task]:
+class SafeEnv(gym.Wrapper):
+    """A task as all scripts step it: seeded alike whatever the simulator draws from, and checked.
+
+    Observations are float32 (obs_dim,), the reward and info["cost"] finite floats, the cost not negative.
+    Anything else ends the program with one line. The simulator gets a copy of the action.
+    """
+
+    def __init__(self, env: gym.Env, env_id: str):
+        super().__init__(env)
+        self.env_id = env_id
+        self.steps = 0  # since it was made
+
+    def reset(self, *, seed: int, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Start the episode that `seed` stands for.
+
+        Bullet draws from numpy's global state; its motors keep their targets in a reset, so they are stopped.
+        """
+        seed = int(seed)
+        if type(self.unwrapped).__module__.startswith("bullet_safety_gym"):
+            self.unwrapped.agent.apply_action(np.zeros(self.action_space.shape))
+            np.random.seed(seed % 2**32)
+            self.unwrapped.reset()
+        np.random.seed(seed % 2**32)
+        random.seed(seed)  # an environment of one's own may draw from it
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self.checked_observation(obs), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """One step of the simulator."""
+        self.steps += 1
+        stop_unless(np.isfinite(action).all(), f"{self.place()}: the policy's action is not finite: {action}")
+        obs, reward, terminated, truncated, info = self.env.step(np.array(action))
+        cost = self.checked_number("info['cost']", info.get("cost"))
+        stop_unless(cost >= 0, f"{self.place()}: info['cost'] is {cost:g}; a cost is not negative")
+        reward = self.checked_number("the reward", reward)
+        obs = self.checked_observation(obs)
+        return obs, reward, bool(terminated), bool(truncated), {**info, "cost": cost}
+
+    def place(self) -> str:
+        """Where a message is from."""
+        return f"--env-id {self.env_id}, step {self.steps}"
+
+    def checked_observation(self, obs: Any) -> np.ndarray:
+        """A float32 copy (obs_dim,)."""
+        shape = self.observation_space.shape
+        try:
+            checked = np.array(obs, np.float32)
+        except (TypeError, ValueError):
+            stop(f"{self.place()}: the observation is no array of numbers but {type(obs).__name__}")
+        stop_unless(checked.shape == shape,
+                    f"{self.place()}: the observation has shape {checked.shape}, its space {shape}")
+        stop_unless(np.isfinite(checked).all(), f"{self.place()}: the observation is not finite: {checked}")
+        return checked
+
+    def checked_number(self, name: str, value: Any) -> float:
+        """A float of a number in any wrapping: NumPy's, an array or a tensor of one."""
+        array = np.asarray(value)
+        stop_unless(array.dtype.kind in "fiub" and array.size == 1,
+                    f"{self.place()}: {name} must be a number, it is {value!r:.60}")
+        number = float(array.reshape(()))
+        stop_unless(math.isfinite(number), f"{self.place()}: {name} is not finite: {number}")
+        return number
+
+
+def make_env(env_id: str) -> tuple[SafeEnv, Task]:
     """The simulator and its description. Stops with one line if the task is unknown or does not fit.
 
     Actions are rescaled to [-1, 1]. The first reset is thrown away, as bullet's Car and Drone differ in it.
@@ -96,8 +209,8 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
     module, _, registered = env_id.rpartition(":")
     if not module and registered not in gym.registry:
         known = [url.rsplit("/", 1)[1].rsplit("-", 2)[0] for url in infos.DATASET_URLS.values()]
-        near = get_close_matches(env_id, known, n=3, cutoff=0.4)
-        stop(f"--env-id {env_id}: no such task; the nearest names are {', '.join(near) or 'none'}")
+        nearest = get_close_matches(env_id, known, n=3, cutoff=0.4)
+        stop(f"--env-id {env_id}: no such task; the nearest names are {', '.join(nearest) or 'none'}")
     name = env_id.removeprefix("Safety").split("-v")[0].removesuffix("Gymnasium")
     try:
         if module:  # Gymnasium's "module:Name-v0": the module, here or on PYTHONPATH, registers the task
@@ -108,70 +221,78 @@ def make_env(env_id: str) -> tuple[gym.Env, Task]:
             spec = gym.spec(registered)
             env = gym.make(replace(spec, max_episode_steps=None), disable_env_checker=True)  # limited below
         spaces = env.observation_space, env.action_space
-        boxes = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
-        need(boxes and spaces[1].is_bounded(),
-             f"--env-id {env_id}: observations and bounded actions must be boxes of one dimension: {spaces}")
+        are_boxes = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+        stop_unless(are_boxes and spaces[1].is_bounded(),
+                    f"--env-id {env_id}: observations and bounded actions must be boxes of one dimension: "
+                    f"{spaces}")
         middle = (env.action_space.low + env.action_space.high) / 2
-        reset_env(env, 0)
+        SafeEnv(env, env_id).reset(seed=0)
         if len(env.step(middle)) == 6:
             from safety_gymnasium.wrappers import SafetyGymnasium2Gymnasium
             env = SafetyGymnasium2Gymnasium(env)  # Safety-Gymnasium's own step returns the cost by itself
+        SafeEnv(env, env_id).reset(seed=0)
         info = env.step(middle)[4]
     except Exception as error:  # a simulator that is not installed, a constructor with arguments, ...
         stop(f"--env-id {env_id}: does not run ({type(error).__name__}: {error!s:.100})")
-    need(np.asarray(info.get("cost")).dtype.kind in "fiub" and np.ndim(info["cost"]) == 0,
-         f"--env-id {env_id}: its step() gives no number info['cost'] to keep under a limit")
+    stop_unless(np.asarray(info.get("cost")).dtype.kind in "fiub" and np.size(info["cost"]) == 1,
+                f"--env-id {env_id}: its step() gives no number info['cost'] to keep under a limit")
     horizon = spec.max_episode_steps or infos.DEFAULT_MAX_EPISODE_STEPS.get(name)
-    need(horizon, f"--env-id {env_id}: it has no time limit; register it with max_episode_steps")
+    stop_unless(horizon, f"--env-id {env_id}: it has no time limit; register it with max_episode_steps")
     env = gym.wrappers.TimeLimit(env, horizon)
     if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
         env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
-    low, high = (x.get(name, float("nan")) for x in (infos.MIN_EPISODE_REWARD, infos.MAX_EPISODE_REWARD))
-    return env, Task(env_id, *env.observation_space.shape, *env.action_space.shape, horizon, low, high,
-                     infos.DATASET_URLS.get(name, "").rpartition("/")[2] or None)
+    min_return = infos.MIN_EPISODE_REWARD.get(name, float("nan"))
+    max_return = infos.MAX_EPISODE_REWARD.get(name, float("nan"))
+    dataset_file = infos.DATASET_URLS.get(name, "").rpartition("/")[2] or None
+    (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
+    task = Task(env_id, obs_dim, act_dim, horizon, min_return, max_return, dataset_file)
+    return SafeEnv(env, env_id), task
 
 
-def reset_env(env: gym.Env, seed: int) -> np.ndarray:
-    """Start the episode that `seed` stands for and return its first observation, float32 (obs_dim,).
-
-    Bullet draws from numpy's global state; its motors keep their targets in a reset, so they are stopped.
-    """
-    if type(env.unwrapped).__module__.startswith("bullet_safety_gym"):
-        env.unwrapped.agent.apply_action(np.zeros(env.action_space.shape))
-        np.random.seed(seed % 2**32)
-        env.unwrapped.reset()
-    np.random.seed(seed % 2**32)
-    random.seed(int(seed))  # an environment of one's own may draw from it
-    return env.reset(seed=int(seed))[0].astype(np.float32)
-
-
-def evaluate(env: gym.Env, policy: Callable, episodes: int, seed: int = 10_000) -> dict[str, np.ndarray]:
+def evaluate(env: SafeEnv, policy: Callable, episodes: int, seed: int = 10_000) -> dict[str, np.ndarray]:
     """Play episodes with the seeds seed, seed + 1, ...; global random states are left as they were.
 
     policy: observation (obs_dim,) -> action (act_dim,). Returns "return", "cost", "length", each (episodes,).
     """
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    totals = np.zeros((3, episodes))
+    result = {"return": np.zeros(episodes), "cost": np.zeros(episodes), "length": np.zeros(episodes)}
     for k in range(episodes):
-        obs, done = reset_env(env, seed + k), False
+        obs, _ = env.reset(seed=seed + k)
+        done = False
         while not done:
-            next_obs, reward, terminated, truncated, info = env.step(policy(obs))
-            obs, done = next_obs.astype(np.float32), terminated or truncated
-            totals[:, k] += reward, info["cost"], 1
+            obs, reward, terminated, truncated, info = env.step(policy(obs))
+            result["return"][k] += reward
+            result["cost"][k] += info["cost"]
+            result["length"][k] += 1
+            done = terminated or truncated
     np.random.set_state(numpy_state)
     random.setstate(python_state)
-    return dict(zip(("return", "cost", "length"), totals, strict=True))
+    return result
+
+
+def evaluate_both_ways(env: SafeEnv, policy: Callable, episodes: int, seed: int) -> dict[str, float]:
+    """Mean return and cost of the sampled policy, policy(obs, rng), and of its mean action, policy(obs)."""
+    rng = np.random.default_rng(seed)
+    sampled = evaluate(env, lambda obs: policy(obs, rng), episodes)
+    mean_action = evaluate(env, policy, episodes)
+    return {"eval_sampled_return": float(sampled["return"].mean()),
+            "eval_sampled_cost": float(sampled["cost"].mean()),
+            "eval_mean_return": float(mean_action["return"].mean()),
+            "eval_mean_cost": float(mean_action["cost"].mean())}
 
 
 # --- Datasets ---
 def find_dataset(task: Task, dataset_path: str | None) -> Path:
     """The dataset's file: --dataset-path, else shipped, else in DSRL's cache, else downloaded into that."""
+    if dataset_path:
+        stop_unless(os.path.isfile(dataset_path), f"--dataset-path {dataset_path}: no such file")
+        return Path(dataset_path)
     cache = Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser()
-    here = SHIPPED_DATASETS / f"{task.env_id}.hdf5", cache / (task.dataset_file or "none")
-    for file in filter(os.path.isfile, [Path(dataset_path)] if dataset_path else here):
-        return file
-    need(not dataset_path, f"--dataset-path {dataset_path}: no such file")
-    need(task.dataset_file, f"{task.env_id} has no dataset: make one with benchmark/collect_dataset.py")
+    for file in (SHIPPED_DATASETS / f"{task.env_id}.hdf5", cache / (task.dataset_file or "none")):
+        if file.is_file():
+            return file
+    stop_unless(task.dataset_file,
+                f"{task.env_id} has no dataset: make one with benchmark/tools/collect_dataset.py")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or every retry prints two lines
     from huggingface_hub import hf_hub_download  # resumes, retries, puts only a whole file in place
     print(f"downloading {task.dataset_file} from huggingface.co/datasets/{DSRL_MIRROR} to {cache}")
@@ -182,48 +303,85 @@ def find_dataset(task: Task, dataset_path: str | None) -> Path:
              f"https://huggingface.co/datasets/{DSRL_MIRROR} and put it into {cache}, or give --dataset-path")
 
 
-def read_dataset(path: Path, task: Task, saved: dict | None = None) -> dict[str, torch.Tensor]:
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, as hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
     """Read a DSRL file and check all that can be checked of it; stops with one line at the first fault.
 
     Returns contiguous float32 tensors under DATASET_KEYS: observations (n, obs_dim), actions (n, act_dim),
-    the others (n,). Flags are 0 or 1, and 1 ends the episode. Must be the file of the checkpoint `saved`.
+    the others (n,). Flags are 0 or 1, and 1 ends the episode.
     """
-    try:
-        task.dataset_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        with h5py.File(path, "r") as file:
-            arrays = {key: file[key] for key in DATASET_KEYS if isinstance(file.get(key), h5py.Dataset)}
-            missing = [key for key in DATASET_KEYS if key not in arrays or arrays[key].ndim == 0]
-            need(not missing, f"{path}: not a DSRL dataset, it lacks the arrays {', '.join(missing)}")
-            raw = {key: array[()] for key, array in arrays.items()}
-            made_for = str(file.attrs.get("task", task.env_id))
-    except Exception as error:  # h5py raises many types
-        stop(f"{path}: not a readable HDF5 file ({error!s:.100})")
-    need(not saved or saved.get("dataset_sha256") == task.dataset_sha256, f"{path}: not this run's dataset")
-    need(made_for == task.env_id, f"{path}: collected from {made_for}, not from {task.env_id}")
-    n, data = len(raw["rewards"]), {}
-    shapes = dict.fromkeys(DATASET_KEYS[:2], (n, task.obs_dim)) | {"actions": (n, task.act_dim)}
-    need(n > 1, f"{path}: holds {n} transitions, at least two are needed")
+    raw, made_for = read_arrays(path)
+    stop_unless(made_for in (None, task.env_id), f"{path}: collected from {made_for}, not from {task.env_id}")
+    n = len(raw["rewards"])
+    stop_unless(n > 1, f"{path}: holds {n} transitions, at least two are needed")
+    shapes = {"observations": (n, task.obs_dim), "next_observations": (n, task.obs_dim),
+              "actions": (n, task.act_dim)}
+    data = {}
     for key, array in raw.items():
-        need(array.dtype.kind in "fiub", f"{path}: {key} holds {array.dtype}, not numbers")
+        stop_unless(array.dtype.kind in "fiub", f"{path}: {key} holds {array.dtype}, not numbers")
         shape = shapes.get(key, (n,))
-        array = array[:, 0] if (shape, array.shape) == ((n,), (n, 1)) else array
-        need(array.shape == shape, f"{path}: {key} has shape {array.shape}, {task.env_id} needs {shape}")
+        if shape == (n,) and array.shape == (n, 1):
+            array = array[:, 0]
+        stop_unless(array.shape == shape,
+                    f"{path}: {key} has shape {array.shape}, {task.env_id} needs {shape}")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
             data[key] = torch.from_numpy(np.ascontiguousarray(array, np.float32))
         finite = data[key].isfinite().reshape(n, -1).all(1)
-        need(finite.all(), f"{path}: {key} is not finite at transition {int(finite.int().argmin())}")
-    terminals, timeouts = flags = torch.stack([data["terminals"], data["timeouts"]])
-    need(((flags == 0) | (flags == 1)).all(), f"{path}: terminals and timeouts must be 0 or 1")
-    need(flags.any(), f"{path}: no episode ends: terminals and timeouts are all 0")
-    need(not timeouts.any() or (timeouts > terminals).any(),
-         f"{path}: every time limit is a terminal too; only one may be 1, terminals if the task itself ends")
-    largest, least = data["actions"].abs().max(), data["costs"].argmin()
-    need(largest <= 1 + 1e-5, f"{path}: actions reach {largest:g}, outside [-1, 1]")
-    need(data["costs"][least] >= 0, f"{path}: costs are negative at transition {least}: are they rewards?")
+        stop_unless(finite.all(), f"{path}: {key} is not finite at transition {int(finite.int().argmin())}")
+    check_flags(path, data["terminals"], data["timeouts"])
+    largest = data["actions"].abs().max()
+    stop_unless(largest <= 1 + 1e-5, f"{path}: actions reach {largest:g}, outside [-1, 1]")
+    least = data["costs"].argmin()
+    stop_unless(data["costs"][least] >= 0,
+                f"{path}: costs are negative at transition {least}: are they rewards?")
     return data
 
 
-# --- Run files ---
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
+    """The seven arrays of a DSRL file as they are, and the task that it says it was collected from."""
+    try:
+        with h5py.File(path, "r") as file:
+            arrays = {key: file[key] for key in DATASET_KEYS if isinstance(file.get(key), h5py.Dataset)}
+            missing = [key for key in DATASET_KEYS if key not in arrays or arrays[key].ndim == 0]
+            stop_unless(not missing, f"{path}: not a DSRL dataset, it lacks the arrays {', '.join(missing)}")
+            made_for = file.attrs.get("task")
+            return {key: array[()] for key, array in arrays.items()}, made_for and str(made_for)
+    except Exception as error:  # h5py raises many types
+        stop(f"{path}: not a readable HDF5 file ({error!s:.100})")
+
+
+def check_flags(path: Path, terminals: torch.Tensor, timeouts: torch.Tensor) -> None:
+    """Stop if the ends of episodes are not told apart as DSRL does."""
+    flags = torch.stack([terminals, timeouts])
+    stop_unless(((flags == 0) | (flags == 1)).all(), f"{path}: terminals and timeouts must be 0 or 1")
+    stop_unless(flags.any(), f"{path}: no episode ends: terminals and timeouts are all 0")
+    stop_unless(not timeouts.any() or (timeouts > terminals).any(),
+                f"{path}: every time limit is a terminal too; only one may be 1, terminals if the task "
+                "itself ends")
+
+
+def episode_sums(data: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(last row, return, cost) of every finished episode of a dataset, each (episodes,)."""
+    ends = np.flatnonzero((np.asarray(data["terminals"]) > 0) | (np.asarray(data["timeouts"]) > 0))
+    returns = np.cumsum(np.asarray(data["rewards"], np.float64))[ends]
+    costs = np.cumsum(np.asarray(data["costs"], np.float64))[ends]
+    return ends, np.diff(returns, prepend=0.0), np.diff(costs, prepend=0.0)
+
+
+def describe_dataset(path: Path, data: dict, cost_limit: float) -> str:
+    """One line for the screen; the percentile is what an offline policy should reach."""
+    _, returns, costs = episode_sums(data)
+    safe_returns = returns[costs <= cost_limit]
+    percentile = np.quantile(safe_returns, 0.75) if len(safe_returns) else float("nan")
+    return (f"{path.name}: {len(returns)} episodes, {len(data['rewards'])} transitions; {len(safe_returns)} "
+            f"episodes within the limit, 75th percentile of their return {percentile:.1f}")
+
+
+# --- Checkpoints ---
 def write_file(path: Path, content: bytes) -> None:
     """Write under a temporary name, flush, then rename: what was there stays whole until the new file is."""
     part = path.with_name(path.name + ".part")
@@ -235,7 +393,7 @@ def write_file(path: Path, content: bytes) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        stop(f"{path}: cannot be written ({error.strerror}); what was there is still whole", status=1)
+        stop(f"{path}: cannot be written ({error.strerror}); what was there is still whole", FAILURE)
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -248,152 +406,344 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint with torch's weights_only reader, which cannot execute code; stops with one line."""
-    need(os.path.isfile(path), f"--checkpoint {path}: no such file; `python offline_pretrain.py` makes one")
+    stop_unless(os.path.isfile(path),
+                f"--checkpoint {path}: no such file; `python offline_pretrain.py` makes one")
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch does not compare the checksums that it writes
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch raises many types, with long explanations
         stop(f"--checkpoint {path}: not a readable checkpoint: truncated, none, or with code (never run)")
-    need(isinstance(checkpoint, dict) and repr(checkpoint.get("version")) == repr(CHECKPOINT_VERSION),
-         f"--checkpoint {path}: damaged, or not written by this version of offline_pretrain.py")
+    stop_unless(isinstance(checkpoint, dict) and repr(checkpoint.get("version")) == repr(CHECKPOINT_VERSION),
+                f"--checkpoint {path}: damaged, or not written by this version of the scripts")
     return checkpoint
 
 
-def check_checkpoint(path: str | Path, checkpoint: dict, expected: dict, **nets: torch.nn.Module) -> None:
-    """Stop with one line at the first field or network of a checkpoint that is not what the script needs."""
-    for name, value in expected.items():
-        need(not torch.is_tensor(its := checkpoint.get(name)) and its == value,
-             f"--checkpoint {path}: {name} is {its}, this run needs {value}")
+def check_facts(path: str | Path, checkpoint: dict, facts: dict) -> None:
+    """Stop with one line at the first fact, a number or a string, in which a checkpoint is another."""
+    for name, value in facts.items():
+        found = checkpoint.get(name)
+        stop_unless(not torch.is_tensor(found) and found == value,
+                    f"--checkpoint {path}: {name} is {found}, this run needs {value}")
+
+
+def check_network(path: str | Path, name: str, weights: Any, net: torch.nn.Module) -> None:
+    """Stop with one line unless a checkpoint's weights are finite and those of such a network."""
+    def fits(found, expected):
+        return (torch.is_tensor(found) and found.is_cpu and found.layout == expected.layout
+                and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+                and bool(found.isfinite().all()))
+
+    needed = net.state_dict()
+    stop_unless(isinstance(weights, dict) and weights.keys() == needed.keys()
+                and all(fits(weights[key], needed[key]) for key in needed),
+                f"--checkpoint {path}: {name} is missing (PEX has two), not finite, or of another shape")
+
+
+def load_weights(path: str | Path, facts: dict, **nets: torch.nn.Module) -> None:
+    """Take networks by name from a finished run's checkpoint with the same facts; stops with one line."""
+    checkpoint = load_checkpoint(path)
+    check_facts(path, checkpoint, {**facts, "finished": True})
     for name, net in nets.items():
-        its, mine = checkpoint.get(name), net.state_dict()
-        need(isinstance(its, dict) and its.keys() == mine.keys() and all(
-            torch.is_tensor(x) and x.is_cpu and (x.shape, x.dtype, x.layout) == (y.shape, y.dtype, y.layout)
-            and x.isfinite().all() for x, y in ((its[key], mine[key]) for key in mine)),
-             f"--checkpoint {path}: {name} is missing (PEX has two), not finite, or of another shape or type")
+        check_network(path, name, checkpoint.get(name), net)
+        net.load_state_dict(checkpoint[name])
 
 
-def start(args: Any) -> tuple[Any, dict | None]:
-    """Check the options; with --resume, give that run's and its last checkpoint (None: none yet)."""
-    saved, folder = None, Path(args.resume or "")
-    if args.resume is not None:
-        typed = sys.argv[3:] if type(args).__module__ == "__main__" else []  # though it be the default
-        need(args == type(args)(resume=args.resume) and not typed,
-             "--resume takes no other option: the run goes on with those that it was started with")
+def state_of(part: Any) -> Any:
+    """What a checkpoint keeps of a dict of numbers, a tensor, a generator, or what has a state_dict."""
+    if isinstance(part, dict):
+        return dict(part)
+    if torch.is_tensor(part):
+        return part.detach().clone()
+    if isinstance(part, np.random.Generator):
+        return part.bit_generator.state
+    return part.state_dict()
+
+
+def restore(part: Any, state: Any) -> None:
+    """Put back what state_of gave."""
+    if isinstance(part, dict):
+        part.update(state)
+    elif torch.is_tensor(part):
+        part.data.copy_(state)
+    elif isinstance(part, np.random.Generator):
+        part.bit_generator.state = state
+    else:
+        part.load_state_dict(state)
+
+
+def is_finite(state: Any) -> bool:
+    """Whether all tensors and numbers of a state are finite."""
+    if isinstance(state, dict):
+        return all(is_finite(value) for value in state.values())
+    if isinstance(state, (list, tuple)):
+        return all(is_finite(value) for value in state)
+    if torch.is_tensor(state):
+        return bool(state.isfinite().all())
+    return not isinstance(state, float) or math.isfinite(state)
+
+
+# --- Runs ---
+open_runs = threading.local()  # those that a script's main has begun, per thread
+
+
+def closes_its_run(main: Callable) -> Callable:
+    """Decorator of a script's main: its run is closed however it ends, so that it can be called again."""
+    @functools.wraps(main)
+    def closing_main(args):
         try:
-            config = json.loads((folder / "config.json").read_text())
-            args = type(args)(**config | {"run_dir": str(folder), "resume": str(folder)})
-        except (OSError, ValueError, TypeError):
-            stop(f"--resume {folder}: has no config.json (start it again) or one of another script, version")
-        if (folder / "checkpoint.pt").exists():
-            saved = load_checkpoint(folder / "checkpoint.pt")
-            size = sum(file.stat().st_size for file in folder.glob("metrics.csv"))
-            need(saved.get("args") == config and size >= saved["metrics_bytes"],
-                 f"--resume {folder}: config.json, metrics.csv and checkpoint.pt are not those of one run")
-        if saved and saved["finished"]:
-            print(f"{folder}: this run is finished")
-            raise SystemExit(0)
-    check_options(args)
-    return args, saved
+            return main(args)
+        finally:
+            for run in vars(open_runs).pop("runs", []):
+                run.close()
+
+    return closing_main
 
 
 class Run:
-    """One run's folder and what is written there. With `saved`, `start`'s, metrics.csv is cut back to it."""
+    """One run: its options, its folder, what it logs, and its checkpoint.
 
-    def __init__(self, args: Any, name: str, columns: list[str], saved: dict | None = None):
-        self.dir = Path(args.run_dir or f"runs/{args.env_id}__{name}__seed{args.seed}")
-        config, self.every, self.signal, self.gpu = self.dir / "config.json", args.checkpoint_every, 0, {}
-        self.step = self.saved_at = saved["step"] if saved else 0  # of all phases; the script counts it up
+    Making one only reads: it checks the options, and with --resume takes that run's options and checkpoint.
+    `keep` begins: it names all that changes in training, opens the folder, and puts back what was saved.
+    """
+
+    def __init__(self, args: Any, script: str, columns: tuple[str, ...]):
+        self.script, self.columns = script, columns
+        self.args, self.config = args, asdict(args)
+        self.saved = None  # the last checkpoint of a run that goes on
+        if args.resume is not None:
+            self.args, self.config, self.saved = read_run(args)
+        check_options(self.args)
+        self.dir = Path(self.args.run_dir or f"runs/{self.args.env_id}__{script}__seed{self.args.seed}")
         self.command = f"`{shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}`"
+        self.signal = 0  # the last one that asked for an end
+        self.signal_time = -math.inf
+        self.handlers = {}
+        self.file = self.board = None
+
+    @property
+    def resumed(self) -> bool:
+        """Whether there is a checkpoint that the run goes on from."""
+        return self.saved is not None
+
+    def keep(self, facts: dict, progress: dict, **parts: Any) -> None:
+        """Name everything that changes in training: `checkpoint` saves it, and --resume puts it back, here.
+
+        facts: what a resumed run must agree in. progress: numbers, of which those named ..._steps are
+        counted. parts: networks, optimisers, buffers, generators, tensors, dicts of numbers, by name.
+        """
+        forgotten = [name for name, value in inspect.currentframe().f_back.f_locals.items()
+                     if is_trained(value) and not any(value is part for part in parts.values())]
+        stop_unless(not forgotten, f"run.keep lacks {', '.join(forgotten)}: a resumed run would lose it")
+        self.facts, self.progress, self.parts = facts, progress, {"progress": progress, **parts}
+        if self.resumed:
+            self.put_back()
+        self.saved_at = self.step
+        vars(open_runs).setdefault("runs", []).append(self)
+        self.open_folder()
+
+    @property
+    def step(self) -> int:
+        """Steps of all kinds so far: --checkpoint-every counts them."""
+        return sum(steps for name, steps in self.progress.items() if name.endswith("_steps"))
+
+    def place(self) -> str:
+        """How far the run is, in words."""
+        steps = {name: value for name, value in self.progress.items() if name.endswith("_steps")}
+        return ", ".join(f"{name} {value}" for name, value in steps.items())
+
+    def stop_as_not_finite(self, names: str) -> NoReturn:
+        """End the run before such a number is logged or saved."""
+        last = f"is of step {self.saved_at}" if self.saved_at else "does not exist"
+        stop(f"{self.dir}: {names} is not finite at {self.place()}; the last good checkpoint {last}", FAILURE)
+
+    # --- Beginning ---
+    def put_back(self) -> None:
+        """Restore all parts; stops with one line if the checkpoint is not one of this script and dataset."""
+        path = self.dir / "checkpoint.pt"
+        check_facts(path, self.saved, self.facts)
+        for name, part in self.parts.items():
+            if isinstance(part, torch.nn.Module):
+                check_network(path, name, self.saved.get(name), part)
+            try:
+                restore(part, self.saved[name])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                stop(f"--resume {self.dir}: {name} is not in its checkpoint, or another ({error!s:.80})")
+        torch.set_rng_state(self.saved["torch_rng"])  # last, as making networks draws from it
+        torch.cuda.set_rng_state_all(self.saved["cuda_rng"])
+
+    def open_folder(self) -> None:
+        """Make or enter the folder, lock it, and open what is written there."""
+        if not self.args.resume and not self.args.overwrite:
+            found = [file for pattern in RUN_FILES for file in self.dir.glob(pattern)]
+            stop_unless(not any(file.is_file() and file.stat().st_size for file in found),
+                        f"--run-dir {self.dir}: holds a run; {self.command} goes on with it, --overwrite "
+                        "restarts")
+        if self.args.track:
+            self.start_wandb()  # before anything is written, as it may fail
         try:
-            there = [file for name in (*RUN_FILES, "metrics.csv") for file in self.dir.glob(name)]
-            need(args.overwrite or args.resume or not any(x.is_file() and x.stat().st_size for x in there),
-                 f"--run-dir {self.dir}: holds a run; {self.command} goes on with it, --overwrite restarts")
-            self.args = json.loads(config.read_text()) if args.resume else asdict(args)
-            if args.track:  # before anything is written, as it may fail
-                import wandb
-                wandb.init(project=os.environ.get("WANDB_PROJECT", "marvel"), name=self.dir.name,
-                           dir=self.dir, config=self.args, sync_tensorboard=True, save_code=True)
             self.dir.mkdir(parents=True, exist_ok=True)
             self.file = open(self.dir / "metrics.csv", "a", newline="")
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process to a folder
-            steps = [load_checkpoint(x)["step"] for x in self.dir.glob("checkpoint.pt") if args.resume]
-            need(sum(steps) == self.step and (args.resume or args.overwrite or not self.file.tell()),
-                 f"--run-dir {self.dir}: another process has just been at work there")
-            self.handlers = {k: signal.signal(k, self.on_signal) for k in (signal.SIGINT, signal.SIGTERM)}
-            for old in () if saved else RUN_FILES[bool(args.resume):]:  # a resumed run keeps its options
-                for file in self.dir.glob(old):
-                    file.unlink()
-            self.file.seek(self.file.truncate(saved["metrics_bytes"] if saved else 0))  # where tell() is
-            if not args.resume:
-                write_file(config, json.dumps(self.args, indent=2).encode() + b"\n")
-            self.csv = csv.DictWriter(self.file, columns, lineterminator="\n")
-            if saved:
-                torch.set_rng_state(saved["torch_rng"])
-                torch.cuda.set_rng_state_all(saved["cuda_rng"])
-            else:
+            self.lock()
+            if not self.resumed:
+                for pattern in set(RUN_FILES) - {"config.json", "metrics.csv"}:
+                    for file in self.dir.glob(pattern):
+                        file.unlink()
+            if not self.args.resume:
+                write_file(self.dir / "config.json", json.dumps(self.config, indent=2).encode() + b"\n")
+            self.file.truncate(self.saved["metrics_bytes"] if self.resumed else 0)
+            self.csv = csv.DictWriter(self.file, self.columns, lineterminator="\n")
+            if not self.resumed:
                 self.csv.writeheader()
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(self.dir))
         except OSError as error:
-            locked, why = isinstance(error, BlockingIOError), f"cannot write there ({error.strerror})"
-            stop(f"--run-dir {self.dir}: {'another process is writing there' if locked else why}")
-        except Exception as error:
-            stop(f"--run-dir {self.dir}: cannot start ({error!s:.100}); if it is Weights & Biases (--track), "
-                 "WANDB_MODE=offline needs no account")
+            stop(f"--run-dir {self.dir}: cannot write there ({error.strerror})")
+        self.catch_signals()
+
+    def lock(self) -> None:
+        """Keep the folder for this process until the file is closed."""
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop(f"--run-dir {self.dir}: another process is writing there")
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            tqdm.write(f"warning: {self.dir}: no locks on this disk: start no second run there", sys.stderr)
+
+    def start_wandb(self) -> None:
+        """Log to Weights & Biases what TensorBoard gets."""
+        try:
+            import wandb
+            wandb.init(project=os.environ.get("WANDB_PROJECT", "marvel"), name=self.dir.name, dir=self.dir,
+                       config=self.config, sync_tensorboard=True, save_code=True)
+        except Exception as error:  # it raises many types
+            stop(f"--track: Weights & Biases cannot start ({error!s:.100}); WANDB_MODE=offline needs no "
+                 "account")
+
+    # --- Signals ---
+    def catch_signals(self) -> None:
+        """Let Ctrl-C and SIGTERM end the run at the next `checkpoint`; only a main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, _frame: Any) -> None:
-        """SIGTERM or Ctrl-C: end the program at the next `checkpoint`; the second time, at once."""
-        if self.signal:
+        """Note the signal. One that comes more than a second later (`timeout` sends two) ends at once."""
+        if self.signal and time.monotonic() - self.signal_time > 1:
             raise SystemExit(128 + number)
-        time.sleep(0.1)  # Ctrl-C ends `| tee` as well, and `timeout` sends a signal twice: that counts as one
-        self.signal = number
+        self.signal, self.signal_time = number, time.monotonic()
         try:  # print may be under way
             os.write(2, b"\nends at the next checkpoint; once more ends at once\n")
-        except OSError:
+        except OSError:  # Ctrl-C has ended a `| tee` too: nobody reads what follows
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
-    def row(self, step: int, values: dict[str, float], to_csv: bool = True) -> None:
-        """Numbers to TensorBoard (and W&B through it), and as a line, flushed, to metrics.csv."""
-        self.check_finite(**{k: float(v) for k, v in (self.gpu | values | {"normalized_return": 0}).items()})
-        try:
-            if to_csv:
-                self.csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-                self.file.flush()
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-        except OSError as error:
-            stop(f"{self.dir}: cannot be written ({error.strerror}); {self.command} goes on", status=1)
-
-    def check_finite(self, **values: Any) -> None:
-        """End the run at a number, an array or a tensor that is not finite, before it is logged or saved."""
+    # --- Logging ---
+    def check_finite(self, values: dict) -> None:
+        """End the run at a number or a tensor of one that is not finite, before it is logged or saved."""
         for name, value in values.items():
-            if getattr(value, "is_cuda", False):  # for row and checkpoint, as each step would wait
-                self.gpu[name] = self.gpu.get(name, 0) + 0 * value.detach()  # stays nan
-            elif not torch.as_tensor(value).isfinite().all():
-                stop(f"{self.dir}: {name} is not finite at step {self.step}; the last good checkpoint is of "
-                     f"step {self.saved_at or '0, that is none'}", status=1)
+            if not math.isfinite(value):
+                self.stop_as_not_finite(name)
 
-    def checkpoint(self, state: Callable[[], dict], last: bool = False) -> None:
-        """Save state() where it is time, a signal has come (which ends the program), or it is the last."""
-        if self.step - self.saved_at >= self.every or self.signal or last:
-            self.check_finite(**{name: float(value) for name, value in self.gpu.items()})
-            here = [os.path.samefile(x, self.file.fileno()) for x in self.dir.glob("metrics.csv")]
-            need(any(here), f"--run-dir {self.dir}: was deleted or moved; this run ends")
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.csv, flushed, and the same numbers to TensorBoard."""
+        self.check_finite({name: value for name, value in values.items() if name != "normalized_return"})
+        unknown = set(values) - set(self.columns)
+        stop_unless(not unknown, f"metrics.csv has no column {', '.join(sorted(unknown))}: add it to COLUMNS")
+        try:
+            self.csv.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                               for name, value in values.items()})
             self.file.flush()
-            os.fsync(self.file.fileno())  # never behind the checkpoint
-            save_checkpoint(self.dir / "checkpoint.pt", {
-                **state(), "args": self.args, "step": self.step, "metrics_bytes": self.file.tell(),
-                "finished": last, "torch_rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []})
-            self.saved_at = self.step
-        if self.signal and not last:
+        except OSError as error:
+            stop(f"{self.dir}: cannot be written ({error.strerror}); {self.command} goes on", FAILURE)
+        self.scalars(step, values)
+
+    def after_update(self, step: int, metrics: dict, prefix: str, every: int) -> None:
+        """End of an update outside metrics.csv: finite? Every so many steps to TensorBoard; saved in time."""
+        self.check_finite(metrics)
+        if step % every == 0:
+            self.scalars(step, {f"{prefix}/{name}": value for name, value in metrics.items()})
+        self.checkpoint()
+
+    def scalars(self, step: int, values: dict) -> None:
+        """Numbers to TensorBoard, and to W&B through it."""
+        try:
+            for name, value in values.items():
+                self.board.add_scalar(name, float(value), step)
+        except OSError as error:
+            stop(f"{self.dir}: cannot be written ({error.strerror}); {self.command} goes on", FAILURE)
+
+    # --- Saving ---
+    def checkpoint(self) -> None:
+        """Save where it is time or a signal has come, which then ends the program."""
+        if self.signal or self.step - self.saved_at >= self.args.checkpoint_every:
+            self.save(finished=False)
+        if self.signal:
             self.close()
-            tqdm.write(f"stopped at step {self.step}: {self.command} goes on with it", sys.stderr)
+            tqdm.write(f"stopped at {self.place()}: {self.command} goes on with it", sys.stderr)
             raise SystemExit(128 + self.signal)
 
+    def finish(self) -> None:
+        """Save the last checkpoint and close."""
+        self.save(finished=True)
+        self.close()
+
+    def save(self, finished: bool) -> None:
+        """Write checkpoint.pt, of all that `keep` was given."""
+        state = {name: state_of(part) for name, part in self.parts.items()}
+        not_finite = [name for name, value in state.items() if not is_finite(value)]
+        if not_finite:
+            self.stop_as_not_finite(", ".join(not_finite))
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())  # never behind the checkpoint
+        except OSError as error:
+            stop(f"{self.dir}: cannot be written ({error.strerror}); {self.command} goes on", FAILURE)
+        cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        save_checkpoint(self.dir / "checkpoint.pt", {
+            **self.facts, **state, "args": self.config, "metrics_bytes": self.file.tell(),
+            "finished": finished, "torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
+        self.saved_at = self.step
+
     def close(self) -> None:
-        """Flush and close everything."""
+        """Give back the signals and the lock, flush and close the files; twice does no harm."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.file.close()
-        self.board.close()
+        self.handlers = {}
+        for file in (self.file, self.board):
+            if file is not None:
+                file.close()
+
+
+def is_trained(value: Any) -> bool:
+    """Whether a variable is something that learns: a network, an optimiser, a tensor with a gradient."""
+    learns = isinstance(value, (torch.nn.Module, torch.optim.Optimizer))
+    return learns or (torch.is_tensor(value) and value.requires_grad)
+
+
+def read_run(args: Any) -> tuple[Any, dict, dict | None]:
+    """Of the run that --resume names: its options as Args and as config.json has them, and its checkpoint.
+
+    The checkpoint is None if there is none yet. Ends the program if the run is finished.
+    """
+    folder = Path(args.resume)
+    typed = sys.argv[3:] if type(args).__module__ == "__main__" else []  # an option, though it be the default
+    stop_unless(args == type(args)(resume=args.resume) and not typed,
+                "--resume takes no other option: the run goes on with those that it was started with")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        args = type(args)(**config)
+    except (OSError, ValueError, TypeError):
+        stop(f"--resume {folder}: has no config.json (start it again) or one of another script, version")
+    args = replace(args, run_dir=str(folder), resume=str(folder))
+    if not (folder / "checkpoint.pt").exists():
+        return args, config, None
+    saved = load_checkpoint(folder / "checkpoint.pt")
+    metrics = folder / "metrics.csv"
+    size = metrics.stat().st_size if metrics.exists() else 0
+    stop_unless(saved.get("args") == config and size >= saved["metrics_bytes"],
+                f"--resume {folder}: config.json, metrics.csv and checkpoint.pt are not those of one run")
+    if saved["finished"]:
+        print(f"{folder}: this run is finished")
+        raise SystemExit(0)
+    return args, config, saved

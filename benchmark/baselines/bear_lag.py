@@ -1,0 +1,455 @@
+# BEAR-Lag (BEAR, arXiv 1906.00949, with a PID Lagrangian on its cost critic, as in OSRL): an offline policy
+# ruff: noqa: E402
+import math
+import os
+import sys
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second pool of threads slows both down
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common
+
+
+@dataclass
+class Args:
+    # --- Experiment ---
+    env_id: str = "SafetyBallCircle-v0"
+    """task whose dataset to train on"""
+    seed: int = 0
+    """seed of everything random"""
+    cuda: bool = False
+    """train on the GPU"""
+    track: bool = False
+    """log to Weights & Biases too (project: environment variable WANDB_PROJECT, or marvel)"""
+    run_dir: str | None = None
+    """folder of this run's files; default runs/<task>__bear_lag__seed<seed>"""
+    overwrite: bool = False
+    """start over in a folder that holds a run"""
+    resume: str | None = None
+    """folder of a run to go on with, under its own options; takes no other option"""
+    checkpoint_every: int = 1_000
+    """gradient steps between saves of all that --resume needs"""
+
+    # --- Data ---
+    dataset_path: str | None = None
+    """dataset (DSRL HDF5); default the task's own: shipped, in DSRL's cache, or downloaded"""
+
+    # --- Constraint ---
+    cost_limit: float = 20.0
+    """limit of the expected cost per episode (undiscounted sum)"""
+
+    # --- Networks ---
+    gamma: float = 0.99
+    """discount per step, of reward and of cost"""
+    reward_scale: float = 0.1
+    """factor on the reward inside the critics (costs are not scaled); logs are unscaled"""
+    batch_size: int = 256
+    """transitions per gradient step"""
+    update_steps: int = 6_000
+    """gradient steps"""
+    critic_lr: float = 1e-3
+    """learning rate of both critics, and of the MMD's weight"""
+    actor_lr: float = 3e-4
+    """learning rate of the actor"""
+    tau: float = 0.02
+    """target networks' step per gradient step"""
+    vae_lr: float = 1e-3
+    """learning rate of the VAE"""
+    vae_beta: float = 0.1
+    """weight of the VAE's KL term"""
+
+    # --- BEAR-Lag ---
+    bear_actions: int = 4
+    """actions per state in the targets, and of the policy and of the VAE in the MMD"""
+    mmd_limit: float = 0.05
+    """limit of the MMD between the policy's and the VAE's actions"""
+    kp: float = 0.1
+    """proportional gain of the multiplier, per unit of Qc above its threshold"""
+    ki: float = 0.003
+    """integral gain, per unit of Qc and gradient step"""
+    kd: float = 0.001
+    """derivative gain, per unit of Qc"""
+
+    # --- Evaluation ---
+    eval_every: int = 3_000
+    """gradient steps between evaluations"""
+    eval_episodes: int = 20
+    """episodes of each evaluation, sampled and mean-action"""
+
+
+LOG_STD_MIN, LOG_STD_MAX = -5, 2
+LOG_MMD_WEIGHT_MIN, LOG_MMD_WEIGHT_MAX = -5, 10  # BEAR's range
+LOG_EVERY = 250  # gradient steps between lines of metrics.csv
+
+# metrics.csv, one line per LOG_EVERY gradient steps; a new number needs its name here
+COLUMNS = (
+    "update_steps", "q_loss", "qc_loss", "q_mean", "qc_mean", "actor_loss", "vae_loss",
+    "policy_qc", "lagrange_multiplier", "mmd", "mmd_weight",
+    "eval_sampled_return", "eval_sampled_cost", "eval_mean_return", "eval_mean_cost",
+)
+
+
+class Actor(nn.Module):
+    """Squashed Gaussian policy (SAC): a = tanh(u), u ~ N(mean(s), std(s)^2), actions in [-1, 1]^act_dim."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int = 256):
+        super().__init__()
+        self.fc1 = nn.Linear(obs_dim, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.head = nn.Linear(hidden, 2 * act_dim)
+
+    def gaussian(self, obs):
+        """Mean and log standard deviation of u, each (batch, act_dim)."""
+        x = F.relu(self.fc1(obs))
+        x = F.relu(self.fc2(x))
+        mean, log_std = self.head(x).chunk(2, -1)
+        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+    def forward(self, obs):
+        """A reparameterised sample (batch, act_dim) and its log-density (batch,); SAC, appendix C, eq. 21."""
+        mean, log_std = self.gaussian(obs)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+        log_det_tanh = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2) without cancellation
+        return u.tanh(), (log_normal - log_det_tanh).sum(-1)
+
+    def numpy_policy(self):
+        """The policy as a numpy function of one observation: act(obs) is the mean, act(obs, rng) a sample.
+
+        Six times as fast as torch for one state. On the CPU its arrays are views of the parameters and follow
+        every update; from a GPU they are copies.
+        """
+        # the parameters in the order of __init__: weight and bias of fc1, of fc2, of head
+        w1, b1, w2, b2, w3, b3 = (parameter.detach().cpu().numpy() for parameter in self.parameters())
+
+        def act(obs, rng=None):
+            x = np.maximum(w1 @ obs + b1, 0)
+            x = np.maximum(w2 @ x + b2, 0)
+            mean, log_std = np.split(w3 @ x + b3, 2)
+            if rng is not None:
+                std = np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX))
+                mean = mean + std * rng.standard_normal(mean.shape, np.float32)
+            return np.tanh(mean)
+
+        with torch.no_grad():
+            mean, _ = self.gaussian(torch.ones_like(self.fc1.weight[:1]))
+        difference = np.abs(act(np.ones_like(w1[0])) - mean[0].tanh().cpu().numpy())
+        assert not (difference > 1e-3).any(), "act and gaussian are one network in two forms: change both"
+        return act
+
+
+class Critic(nn.Module):
+    """`n` independent Q-networks of (obs, action)."""
+
+    # The networks are stacked: one batched product per layer is 1.2 times as fast as n modules of nn.Linear.
+    def __init__(self, n: int, obs_dim: int, act_dim: int, hidden: int = 256):
+        super().__init__()
+        self.n = n
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        sizes = [obs_dim + act_dim, hidden, hidden, 1]
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):  # nn.Linear's own initialisation
+            self.weights.append(torch.empty(n, fan_in, fan_out).uniform_(-1, 1) / math.sqrt(fan_in))
+            self.biases.append(torch.empty(n, 1, fan_out).uniform_(-1, 1) / math.sqrt(fan_in))
+
+    def forward(self, obs, act):
+        """obs (batch, obs_dim), act (batch, act_dim) -> (n, batch)."""
+        x = torch.cat([obs, act], -1).expand(self.n, -1, -1)
+        x = torch.baddbmm(self.biases[0], x, self.weights[0]).relu_()
+        x = torch.baddbmm(self.biases[1], x, self.weights[1]).relu_()
+        # the last layer has one column: a sum is faster than a matrix product
+        return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)
+
+
+class VAE(nn.Module):
+    """Conditional VAE of the data's actions; the KL of its encoder tells how far an action is from them."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden: int = 256):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Linear(obs_dim + act_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+            nn.Linear(hidden, 4 * act_dim))
+        self.decoder = nn.Sequential(
+            nn.Linear(obs_dim + 2 * act_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+            nn.Linear(hidden, act_dim), nn.Tanh())
+
+    def encode(self, obs, act):
+        """Mean and log std of the latent (batch, 2 act_dim) and KL(q(z | s, a) || N(0, 1)), (batch,)."""
+        mean, log_std = self.encoder(torch.cat([obs, act], -1)).chunk(2, -1)
+        log_std = log_std.clamp(-4, 15)  # as in BEAR's code
+        kl = 0.5 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).sum(-1)
+        return mean, log_std, kl
+
+    def loss(self, obs, act, beta):
+        """Squared reconstruction error + beta KL, and the KL (batch,) for its quantile."""
+        mean, log_std, kl = self.encode(obs, act)
+        z = mean + log_std.exp() * torch.randn_like(mean)
+        reconstruction = self.decoder(torch.cat([obs, z], -1))
+        squared_error = ((reconstruction - act) ** 2).sum(-1)
+        return squared_error.mean() + beta * kl.mean(), kl.detach()
+
+
+class ReplayBuffer:
+    """Transitions in the order in which they came. Its room doubles when full; nothing is overwritten."""
+
+    def __init__(self, obs_dim: int, act_dim: int, device: torch.device):
+        self.size = 0
+        self.storage = {
+            "observations": torch.zeros(0, obs_dim, device=device),
+            "next_observations": torch.zeros(0, obs_dim, device=device),
+            "actions": torch.zeros(0, act_dim, device=device),
+            "rewards": torch.zeros(0, device=device),
+            "costs": torch.zeros(0, device=device),
+            "terminals": torch.zeros(0, device=device),  # 1: the task ended: no bootstrap
+            "timeouts": torch.zeros(0, device=device),  # 1: the time limit cut the episode: bootstrap
+        }
+
+    def add(self, **transition):
+        """One transition: an array or a number for every name in the storage."""
+        assert transition.keys() == self.storage.keys()
+        if self.size == len(self.storage["rewards"]):
+            more = max(1024, self.size)
+            for name, values in self.storage.items():
+                self.storage[name] = torch.cat([values, values.new_zeros(more, *values.shape[1:])])
+        for name, value in transition.items():
+            self.storage[name][self.size] = torch.as_tensor(value)
+        self.size += 1
+
+    def sample(self, n):
+        """`n` transitions, uniformly with replacement: {name: (n, ...)}."""
+        index = torch.randint(self.size, (n,), device=self.storage["rewards"].device)
+        return {name: values[index] for name, values in self.storage.items()}
+
+    def state_dict(self):
+        """All transitions: {name: (size, ...)}, what a dataset is too."""
+        return {name: values[:self.size].clone() for name, values in self.storage.items()}
+
+    def load_state_dict(self, transitions):
+        """Hold these transitions instead."""
+        assert transitions.keys() == self.storage.keys()
+        self.size = len(transitions["rewards"])
+        self.storage = {name: values.to(self.storage[name]) for name, values in transitions.items()}
+
+
+class CriticPID:
+    """BEAR-Lag's multiplier: PID (Stooke et al. 2020) in OSRL's form, on the critic as there are no episodes.
+
+    With e = E[Qc(s, a)] - threshold, s from the data and a ~ actor, one update per gradient step is
+        I <- max(0, I + e)       multiplier = kp max(0, e) + ki I + kd max(0, e - last e)
+    Nothing bounds I: it winds up as long as the critic, right or wrong, finds the policy unsafe.
+    """
+
+    def __init__(self, kp: float, ki: float, kd: float):
+        self.kp = kp
+        self.ki = ki
+        self.kd = kd
+        self.error = 0.0
+        self.integral = 0.0
+        self.multiplier = 0.0
+
+    def update(self, error: float) -> None:
+        """Take e, in units of Qc, and set the multiplier, in units of scaled reward per cost."""
+        rise = max(0.0, error - self.error)
+        self.error = error
+        self.integral = max(0.0, self.integral + error)
+        self.multiplier = self.kp * max(0.0, error) + self.ki * self.integral + self.kd * rise
+
+    def state_dict(self) -> dict:
+        """Everything in it, as numbers."""
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what state_dict gave."""
+        vars(self).update(state)
+
+
+def repeated_actions(obs, actor, n):
+    """`n` reparameterised actions per state, (n, batch, act_dim)."""
+    mean, log_std = actor.gaussian(obs)
+    return (mean + log_std.exp() * torch.randn(n, *mean.shape, device=obs.device)).tanh()
+
+
+@torch.no_grad()
+def bear_targets(batch, actor_target, q_target, qc_target, gamma, n):
+    """One-step targets (batch,) of Q and Qc from `n` next actions of the target actor (BEAR, alg. 1).
+
+    Q takes the best by 3/4 min Q + 1/4 max Q; Qc evaluates the policy and takes the mean, where OSRL takes
+    the largest min Qc. A terminal stops both bootstraps (in OSRL not Qc's), a time limit neither.
+    """
+    next_act = repeated_actions(batch["next_observations"], actor_target, n).flatten(0, 1)
+    next_obs = batch["next_observations"].repeat(n, 1)
+    values = q_target(next_obs, next_act)
+    next_q = (0.75 * values.amin(0) + 0.25 * values.amax(0)).view(n, -1).amax(0)
+    next_qc = qc_target(next_obs, next_act).mean(0).view(n, -1).mean(0)
+    discount = gamma * (1 - batch["terminals"])
+    return batch["rewards"] + discount * next_q, batch["costs"] + discount * next_qc
+
+
+def critic_loss(batch, q, qc, q_target_value, qc_target_value):
+    """Mean squared Bellman errors of Q and Qc, summed over all networks, and their numbers for the log."""
+    obs, act = batch["observations"], batch["actions"]
+    q_loss = ((q(obs, act) - q_target_value) ** 2).mean(1).sum()
+    qc_loss = ((qc(obs, act) - qc_target_value) ** 2).mean(1).sum()
+    metrics = {"q_loss": q_loss.detach(), "qc_loss": qc_loss.detach(),
+               "q_mean": q_target_value.mean(), "qc_mean": qc_target_value.mean()}
+    return q_loss + qc_loss, metrics
+
+
+def mmd(x, y, sigma=50.0):
+    """Maximum mean discrepancy (batch,) of two sets of actions, each (n, batch, act_dim), over all pairs.
+
+    With its kernel exp(-|a - b|^2 / (2 sigma)) and OSRL's sigma, it is about |mean x - mean y| / sqrt(sigma).
+    BEAR's code and OSRL compare actions before tanh, where those on the border are infinitely far away.
+    """
+    def mean_kernel(a, b):
+        return (((a[:, None] - b[None]) ** 2).sum(-1) / (-2 * sigma)).exp().mean((0, 1))
+
+    return (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y) + 1e-6).sqrt()
+
+
+def bear_loss(obs, actor, vae, q, qc, n, lagrange_multiplier, mmd_weight):
+    """E[lambda Qc - Q] / (1 + lambda) + mmd_weight MMD(actor, VAE), a ~ actor; also E[Qc] and the MMD.
+
+    Dividing by 1 + lambda is Stooke et al.'s; OSRL leaves it out, and a large lambda drowns the MMD.
+    """
+    act = repeated_actions(obs, actor, n)
+    with torch.no_grad():  # z near the prior's mode, as in BEAR's code
+        z = torch.randn(n, len(obs), 2 * act.shape[-1], device=obs.device).clamp(-0.5, 0.5)
+        data_act = vae.decoder(torch.cat([obs.expand(n, -1, -1), z], -1))
+    distance, act = mmd(act, data_act).mean(), act[0]  # one action is enough for the critics
+    cost_value = qc(obs, act).mean()
+    loss = (lagrange_multiplier * cost_value - q(obs, act).amin(0).mean()) / (1 + lagrange_multiplier)
+    return loss + mmd_weight * distance, cost_value.detach(), distance.detach()
+
+
+def follow(target, network, tau):
+    """Polyak averaging of a target network: target <- (1 - tau) target + tau network."""
+    with torch.no_grad():
+        for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
+            slow.lerp_(fast, tau)
+
+
+@common.closes_its_run
+def main(args: Args) -> None:
+    run = common.Run(args, "bear_lag", COLUMNS)
+    args = run.args  # with --resume, those of the run that goes on
+
+    # --- Seeding and task ---
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # one core per run; run seeds in parallel
+    torch.set_flush_denormal(True)  # Adam's moments of idle units become denormal, which is slow
+    device = torch.device("cuda" if args.cuda else "cpu")
+    env, task = common.make_env(args.env_id)
+
+    # --- Dataset ---
+    dataset_file = common.find_dataset(task, args.dataset_path)
+    dataset_sha256 = common.file_sha256(dataset_file)
+    dataset = common.read_dataset(dataset_file, task)
+    print(common.describe_dataset(dataset_file, dataset, args.cost_limit))
+    dataset["rewards"] *= args.reward_scale
+    data = ReplayBuffer(task.obs_dim, task.act_dim, device)
+    data.load_state_dict(dataset)
+
+    # --- Networks ---
+    actor = Actor(task.obs_dim, task.act_dim).to(device)
+    q = Critic(2, task.obs_dim, task.act_dim).to(device)
+    qc = Critic(1, task.obs_dim, task.act_dim).to(device)
+    facts = dict(env_id=args.env_id, obs_dim=task.obs_dim, act_dim=task.act_dim, hidden=256,
+                 activation="relu", gamma=args.gamma, reward_scale=args.reward_scale)  # of both phases
+    vae = VAE(task.obs_dim, task.act_dim).to(device)
+    q_target = deepcopy(q).requires_grad_(False)
+    qc_target = deepcopy(qc).requires_grad_(False)
+    actor_target = deepcopy(actor).requires_grad_(False)
+    critic_optimizer = torch.optim.Adam([*q.parameters(), *qc.parameters()], args.critic_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
+    vae_optimizer = torch.optim.Adam(vae.parameters(), args.vae_lr, fused=True)
+    controller = CriticPID(args.kp, args.ki, args.kd)
+    log_mmd_weight = torch.zeros((), device=device, requires_grad=True)
+    mmd_optimizer = torch.optim.Adam([log_mmd_weight], args.critic_lr)
+
+    # The limit is a sum over an episode's T steps, Qc a discounted one: spent evenly, the limit has the
+    # discounted sum (limit / T) (1 + gamma + ... + gamma^(T-1)).
+    horizon = task.max_episode_steps
+    qc_threshold = args.cost_limit / horizon * (1 - args.gamma**horizon) / (1 - args.gamma)
+
+    # --- What a checkpoint holds, and --resume puts back: all that changes below must be named here ---
+    progress = dict(update_steps=0)
+    evaluations = {}
+    run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256), progress,
+             actor=actor, q=q, qc=qc, vae=vae, q_target=q_target, qc_target=qc_target,
+             actor_target=actor_target, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
+             vae_optimizer=vae_optimizer, controller=controller, log_mmd_weight=log_mmd_weight,
+             mmd_optimizer=mmd_optimizer, evaluations=evaluations)
+
+    bar = tqdm(range(progress["update_steps"] + 1, args.update_steps + 1), "offline", mininterval=1)
+    for step in bar:
+        batch = data.sample(args.batch_size)
+
+        # --- Update VAE ---
+        vae_loss, _ = vae.loss(batch["observations"], batch["actions"], args.vae_beta)
+        vae_optimizer.zero_grad()
+        vae_loss.backward()
+        vae_optimizer.step()
+
+        # --- Update critics ---
+        targets = bear_targets(batch, actor_target, q_target, qc_target, args.gamma, args.bear_actions)
+        loss, metrics = critic_loss(batch, q, qc, *targets)
+        critic_optimizer.zero_grad()
+        loss.backward()
+        critic_optimizer.step()
+        metrics |= {"vae_loss": vae_loss.detach()}
+
+        # --- Update actor ---
+        mmd_weight = log_mmd_weight.detach().exp()
+        loss, policy_qc, distance = bear_loss(batch["observations"], actor, vae, q, qc, args.bear_actions,
+                                              controller.multiplier, mmd_weight)
+        actor_optimizer.zero_grad()
+        loss.backward(inputs=list(actor.parameters()))  # leaves the critics alone
+        actor_optimizer.step()
+        metrics |= {"actor_loss": loss.detach(), "policy_qc": policy_qc, "mmd": distance}
+
+        # --- Update multiplier and MMD weight ---
+        controller.update(policy_qc.item() - qc_threshold)
+        loss = -log_mmd_weight.exp() * (distance - args.mmd_limit)
+        mmd_optimizer.zero_grad()
+        loss.backward()
+        mmd_optimizer.step()
+        log_mmd_weight.data.clamp_(LOG_MMD_WEIGHT_MIN, LOG_MMD_WEIGHT_MAX)
+        metrics |= {"lagrange_multiplier": controller.multiplier, "mmd_weight": log_mmd_weight.detach().exp()}
+
+        # --- Update target networks ---
+        follow(q_target, q, args.tau)
+        follow(qc_target, qc, args.tau)
+        follow(actor_target, actor, args.tau)
+
+        # --- Evaluate, log, save ---
+        progress["update_steps"] += 1
+        run.check_finite(metrics)
+        evaluating = step % args.eval_every == 0 or step == args.update_steps
+        if step % LOG_EVERY == 0 or evaluating:
+            row = {"update_steps": step} | {name: float(value) for name, value in metrics.items()}
+            if evaluating:
+                evaluations["offline policy"] = common.evaluate_both_ways(
+                    env, actor.numpy_policy(), args.eval_episodes, args.seed)
+                row |= evaluations["offline policy"]
+                bar.set_postfix(sampled_return=f"{row['eval_sampled_return']:.0f}",
+                                cost=f"{row['eval_sampled_cost']:.0f}", refresh=False)
+            run.row(step, row)
+        run.checkpoint()
+
+    run.finish()
+    env.close()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
