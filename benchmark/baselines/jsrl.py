@@ -149,7 +149,7 @@ class Actor(nn.Module):
     def numpy_policy(self):
         """The policy as a numpy function of one observation: act(obs) is the mean, act(obs, rng) a sample.
 
-        Six times as fast as torch for one state. On the CPU its arrays are views of the parameters and follow
+        Faster than torch for a single state. On the CPU its arrays are views of the parameters and follow
         every update; from a GPU they are copies.
         """
         # the parameters in the order of __init__: weight and bias of fc1, of fc2, of head
@@ -174,7 +174,7 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """`n` independent Q-networks of (obs, action)."""
 
-    # The networks are stacked: one batched product per layer is 1.2 times as fast as n modules of nn.Linear.
+    # One batched product per layer serves all n: a list of n networks takes about a tenth longer on a CPU.
     def __init__(self, n: int, obs_dim: int, act_dim: int, hidden: int = 256):
         super().__init__()
         self.n = n
@@ -300,8 +300,10 @@ class PIDLagrangian:
 
     def adapt(self) -> None:
         """Change the gains for the next update, or below the target unwind the integral."""
-        target, rate = self.target_cost, self.adapt_rate
-        mean, std = float(np.mean(self.costs)), float(np.std(self.costs))
+        target = self.target_cost
+        rate = self.adapt_rate
+        mean = float(np.mean(self.costs))
+        std = float(np.std(self.costs))
         if mean > target:
             factor = 1 + rate * (mean - target) / mean
             factors = [factor, factor, 1 + rate * min(1.0, std / mean)]
@@ -397,8 +399,9 @@ def main(args: Args) -> None:
     qc = Critic(1, task.obs_dim, task.act_dim).to(device)
 
     # --- Guide: the offline policy ---
+    # what both phases must agree on
     facts = dict(env_id=args.env_id, obs_dim=task.obs_dim, act_dim=task.act_dim, hidden=256,
-                 activation="relu", gamma=args.gamma, reward_scale=args.reward_scale)  # of both phases
+                 activation="relu", gamma=args.gamma, reward_scale=args.reward_scale)
     guide = Actor(task.obs_dim, task.act_dim).to(device).requires_grad_(False)
     if not run.resumed:
         checkpoint = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
@@ -409,16 +412,15 @@ def main(args: Args) -> None:
     qc_target = deepcopy(qc).requires_grad_(False)
     critic_optimizer = torch.optim.Adam([*q.parameters(), *qc.parameters()], args.critic_lr, fused=True)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
-    log_alpha = torch.tensor(math.log(max(args.alpha, 1e-8)), device=device, requires_grad=True)
+    first_alpha = max(args.alpha, 1e-8)  # 0 has no logarithm
+    log_alpha = torch.tensor(math.log(first_alpha), device=device, requires_grad=True)
     alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
     target_entropy = -task.act_dim
 
     # --- Lagrange multiplier ---
-    kp, ki, kd = args.kp, args.ki, args.kd
-    if args.multiplier == "dual":
-        kp, kd = 0.0, 0.0
-    if args.multiplier == "fixed":
-        kp, ki, kd = 0.0, 0.0, 0.0
+    kp = args.kp if args.multiplier in ("apid", "pid") else 0.0
+    ki = args.ki if args.multiplier != "fixed" else 0.0
+    kd = args.kd if args.multiplier in ("apid", "pid") else 0.0
     adapt_rate = args.adapt_rate if args.multiplier == "apid" else 0.0
     target_cost = args.cost_limit * (1 - args.cost_margin)
     controller = PIDLagrangian(target_cost, kp, ki, kd, adapt_rate=adapt_rate, lagrange_max=args.lagrange_max)
@@ -439,7 +441,9 @@ def main(args: Args) -> None:
 
     def play_episode(policy):
         """Play one episode into the buffer and return its row of metrics.csv."""
-        episode_return, episode_cost, done = 0.0, 0.0, False
+        episode_return = 0.0
+        episode_cost = 0.0
+        done = False
         first_step = progress["env_steps"]
         annealing_steps = args.jump_start_share * args.total_timesteps
         guided = guide_steps(first_step, annealing_steps, task.max_episode_steps)
