@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
 import sys
@@ -22,7 +23,8 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -38,7 +40,9 @@ DSRL_MIRROR = "YYY-45/DSRL"  # as in DSRL's main branch; the address inside the 
 SHIPPED_DATASETS = Path(__file__).parent / "datasets"
 DATASET_KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
 CHECKPOINT_VERSION = 3
-RUN_FILES = ("config.json", "checkpoint.pt", "metrics.csv", "curves.png", "events.out.tfevents.*")
+RUN_FILES = ("config.json", "checkpoint.pt", "metrics.csv", "curves.png", "wandb_id", "events.out.tfevents.*")
+MAY_BE_RAISED = ("total_timesteps", "update_steps")  # by --resume
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 MISTAKE, FAILURE = 2, 1  # exit status: what the user has to mend, and what went wrong in a sound run
 
 # Smallest and largest value of the options that are checked; an option that is not listed is not.
@@ -123,6 +127,20 @@ class Task:
     min_return: float = float("nan")
     max_return: float = float("nan")
     dataset_file: str | None = None
+    action_low: np.ndarray | None = None  # the simulator's own bounds (act_dim,); None: -1 and 1
+    action_high: np.ndarray | None = None
+
+    def scaled_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Actions in the simulator's own units -> in [-1, 1], what the scripts use."""
+        if self.action_low is None:
+            return actions
+        return 2 * (actions - self.action_low) / (self.action_high - self.action_low) - 1
+
+    def own_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Actions in [-1, 1] -> in the simulator's own units, what datasets hold."""
+        if self.action_low is None:
+            return actions
+        return self.action_low + (actions + 1) / 2 * (self.action_high - self.action_low)
 
     def normalized_return(self, episode_return: float) -> float:
         """(R - min R) / (max R - min R), DSRL's reference returns; nan for a task that DSRL does not have."""
@@ -167,7 +185,8 @@ class SafeEnv(gym.Wrapper):
         self.steps += 1
         stop_unless(np.isfinite(action).all(), f"{self.place()}: the policy's action is not finite: {action}")
         obs, reward, terminated, truncated, info = self.env.step(np.array(action))
-        cost = self.checked_number("info['cost']", info.get("cost"))
+        stop_unless("cost" in info, f"{self.place()}: info has no 'cost', which every step must have")
+        cost = self.checked_number("info['cost']", info["cost"])
         stop_unless(cost >= 0, f"{self.place()}: info['cost'] is {cost:g}; a cost is not negative")
         reward = self.checked_number("the reward", reward)
         obs = self.checked_observation(obs)
@@ -206,10 +225,11 @@ def make_env(env_id: str) -> tuple[SafeEnv, Task]:
     """
     import bullet_safety_gym  # noqa: F401  (registers the tasks)
     from dsrl import infos  # also registers safety-gymnasium's tasks
+    env_id = usual_name(env_id)
     module, _, registered = env_id.rpartition(":")
     if not module and registered not in gym.registry:
-        known = [url.rsplit("/", 1)[1].rsplit("-", 2)[0] for url in infos.DATASET_URLS.values()]
-        nearest = get_close_matches(env_id, known, n=3, cutoff=0.4)
+        names = [url.rsplit("/", 1)[1].rsplit("-", 2)[0] for url in infos.DATASET_URLS.values()]
+        nearest = get_close_matches(env_id, [name for name in names if name in gym.registry], n=3, cutoff=0.4)
         stop(f"--env-id {env_id}: no such task; the nearest names are {', '.join(nearest) or 'none'}")
     name = env_id.removeprefix("Safety").split("-v")[0].removesuffix("Gymnasium")
     try:
@@ -219,7 +239,9 @@ def make_env(env_id: str) -> tuple[SafeEnv, Task]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             spec = gym.spec(registered)
-            env = gym.make(replace(spec, max_episode_steps=None), disable_env_checker=True)  # limited below
+            # the time limit is set below; after an automatic reset the last step's cost would be elsewhere
+            plain_spec = replace(spec, max_episode_steps=None, autoreset=False)
+            env = gym.make(plain_spec, disable_env_checker=True)
         spaces = env.observation_space, env.action_space
         are_boxes = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
         stop_unless(are_boxes and spaces[1].is_bounded(),
@@ -227,26 +249,38 @@ def make_env(env_id: str) -> tuple[SafeEnv, Task]:
                     f"{spaces}")
         middle = (env.action_space.low + env.action_space.high) / 2
         SafeEnv(env, env_id).reset(seed=0)
-        if len(env.step(middle)) == 6:
+        returned = len(env.step(middle))
+        stop_unless(returned in (5, 6), f"--env-id {env_id}: its step() returns {returned} values; Gymnasium "
+                    "asks for five: observation, reward, terminated, truncated, info")
+        if returned == 6:
             from safety_gymnasium.wrappers import SafetyGymnasium2Gymnasium
             env = SafetyGymnasium2Gymnasium(env)  # Safety-Gymnasium's own step returns the cost by itself
         SafeEnv(env, env_id).reset(seed=0)
-        info = env.step(middle)[4]
+        _, _, _, _, info = env.step(middle)
     except Exception as error:  # a simulator that is not installed, a constructor with arguments, ...
         stop(f"--env-id {env_id}: does not run ({type(error).__name__}: {error!s:.100})")
-    stop_unless(np.asarray(info.get("cost")).dtype.kind in "fiub" and np.size(info["cost"]) == 1,
-                f"--env-id {env_id}: its step() gives no number info['cost'] to keep under a limit")
+    stop_unless("cost" in info, f"--env-id {env_id}: its step() gives no info['cost'] to keep under a limit")
     horizon = spec.max_episode_steps or infos.DEFAULT_MAX_EPISODE_STEPS.get(name)
     stop_unless(horizon, f"--env-id {env_id}: it has no time limit; register it with max_episode_steps")
     env = gym.wrappers.TimeLimit(env, horizon)
+    action_low = action_high = None
     if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
+        action_low, action_high = env.action_space.low, env.action_space.high
         env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
     min_return = infos.MIN_EPISODE_REWARD.get(name, float("nan"))
     max_return = infos.MAX_EPISODE_REWARD.get(name, float("nan"))
     dataset_file = infos.DATASET_URLS.get(name, "").rpartition("/")[2] or None
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
-    task = Task(env_id, obs_dim, act_dim, horizon, min_return, max_return, dataset_file)
+    task = Task(env_id, obs_dim, act_dim, horizon, min_return, max_return, dataset_file, action_low,
+                action_high)
     return SafeEnv(env, env_id), task
+
+
+def usual_name(env_id: str) -> str:
+    """One name for a task: DSRL's Offline... is its Safety...; modules that are imported anyway go."""
+    for prefix in ("safety_gymnasium:", "bullet_safety_gym:"):
+        env_id = env_id.removeprefix(prefix)
+    return re.sub("^Offline", "Safety", env_id)
 
 
 def evaluate(env: SafeEnv, policy: Callable, episodes: int, seed: int = 10_000) -> dict[str, np.ndarray]:
@@ -312,10 +346,14 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
     """Read a DSRL file and check all that can be checked of it; stops with one line at the first fault.
 
     Returns contiguous float32 tensors under DATASET_KEYS: observations (n, obs_dim), actions (n, act_dim),
-    the others (n,). Flags are 0 or 1, and 1 ends the episode.
+    the others (n,). Flags are 0 or 1, and 1 ends the episode. The file holds actions in the simulator's own
+    units, as DSRL's do; they are returned in [-1, 1].
     """
-    raw, made_for = read_arrays(path)
-    stop_unless(made_for in (None, task.env_id), f"{path}: collected from {made_for}, not from {task.env_id}")
+    raw, attributes = read_arrays(path)
+    made_for = str(attributes.get("task", ""))
+    is_name = re.fullmatch(r"([\w.]+:)?[\w-]+-v\d+", made_for)  # other people's files may hold a sentence
+    same_task = made_for.rpartition(":")[2] == task.env_id.rpartition(":")[2]
+    stop_unless(same_task or not is_name, f"{path}: collected from {made_for}, not from {task.env_id}")
     n = len(raw["rewards"])
     stop_unless(n > 1, f"{path}: holds {n} transitions, at least two are needed")
     shapes = {"observations": (n, task.obs_dim), "next_observations": (n, task.obs_dim),
@@ -333,23 +371,39 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
         finite = data[key].isfinite().reshape(n, -1).all(1)
         stop_unless(finite.all(), f"{path}: {key} is not finite at transition {int(finite.int().argmin())}")
     check_flags(path, data["terminals"], data["timeouts"])
-    largest = data["actions"].abs().max()
-    stop_unless(largest <= 1 + 1e-5, f"{path}: actions reach {largest:g}, outside [-1, 1]")
+    data["actions"] = scale_file_actions(path, data["actions"], task, attributes)
     least = data["costs"].argmin()
     stop_unless(data["costs"][least] >= 0,
                 f"{path}: costs are negative at transition {least}: are they rewards?")
     return data
 
 
-def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
-    """The seven arrays of a DSRL file as they are, and the task that it says it was collected from."""
+def scale_file_actions(path: Path, actions: torch.Tensor, task: Task, attributes: dict) -> torch.Tensor:
+    """A file's actions in [-1, 1]; stops with one line if they are outside the task's bounds."""
+    # what this project wrote before it wrote "action_units" has a seed and is in [-1, 1] already
+    scaled_before = "seed" in attributes and "action_units" not in attributes
+    if task.action_low is None or scaled_before:
+        bounds, scaled = "[-1, 1]", actions
+    else:
+        bounds = f"the task's bounds {task.action_low} and {task.action_high}"
+        scaled = torch.from_numpy(task.scaled_actions(actions.numpy()).astype(np.float32))
+    outside = (scaled.abs() > 1 + 1e-5).any(1)
+    if outside.any():
+        first = int(outside.int().argmax())
+        stop(f"{path}: actions[{first}] is {actions[first].tolist()}, outside {bounds}")
+    return scaled
+
+
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """The seven arrays of a DSRL file as they are, and its attributes, text as str."""
     try:
         with h5py.File(path, "r") as file:
             arrays = {key: file[key] for key in DATASET_KEYS if isinstance(file.get(key), h5py.Dataset)}
             missing = [key for key in DATASET_KEYS if key not in arrays or arrays[key].ndim == 0]
             stop_unless(not missing, f"{path}: not a DSRL dataset, it lacks the arrays {', '.join(missing)}")
-            made_for = file.attrs.get("task")
-            return {key: array[()] for key, array in arrays.items()}, made_for and str(made_for)
+            attributes = {name: value.decode(errors="replace") if isinstance(value, bytes) else value
+                          for name, value in file.attrs.items()}
+            return {key: array[()] for key, array in arrays.items()}, attributes
     except Exception as error:  # h5py raises many types
         stop(f"{path}: not a readable HDF5 file ({error!s:.100})")
 
@@ -372,13 +426,24 @@ def episode_sums(data: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ends, np.diff(returns, prepend=0.0), np.diff(costs, prepend=0.0)
 
 
-def describe_dataset(path: Path, data: dict, cost_limit: float) -> str:
-    """One line for the screen; the percentile is what an offline policy should reach."""
+def longest_episode(data: dict) -> int:
+    """Steps of a dataset's longest finished episode."""
+    ends, _, _ = episode_sums(data)
+    return int(np.diff(ends, prepend=-1).max())
+
+
+def describe_dataset(path: Path, data: dict, cost_limit: float, task: Task) -> str:
+    """A line for the screen; the percentile is what an offline policy should reach."""
     _, returns, costs = episode_sums(data)
     safe_returns = returns[costs <= cost_limit]
     percentile = np.quantile(safe_returns, 0.75) if len(safe_returns) else float("nan")
-    return (f"{path.name}: {len(returns)} episodes, {len(data['rewards'])} transitions; {len(safe_returns)} "
+    line = (f"{path.name}: {len(returns)} episodes, {len(data['rewards'])} transitions; {len(safe_returns)} "
             f"episodes within the limit, 75th percentile of their return {percentile:.1f}")
+    longest = longest_episode(data)
+    if longest != task.max_episode_steps:
+        line += (f"\nwarning: the longest episode has {longest} steps, the task's time limit is "
+                 f"{task.max_episode_steps}: the limit is spread over {longest}")
+    return line
 
 
 # --- Checkpoints ---
@@ -490,13 +555,61 @@ def closes_its_run(main: Callable) -> Callable:
     """Decorator of a script's main: its run is closed however it ends, so that it can be called again."""
     @functools.wraps(main)
     def closing_main(args):
-        try:
-            return main(args)
-        finally:
-            for run in vars(open_runs).pop("runs", []):
-                run.close()
+        with patient_streams():
+            try:
+                return main(args)
+            finally:
+                for run in vars(open_runs).pop("runs", []):
+                    run.close()
 
     return closing_main
+
+
+class PatientStream:
+    """Standard output or error of a program that goes on when nobody reads it any more."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or drop what cannot be written from then on."""
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what cannot be written from then on."""
+        try:
+            self.stream.flush()
+        except OSError:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Send what is buffered, and all that follows, to nowhere."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextmanager
+def patient_streams() -> Iterator[None]:
+    """A broken pipe or a closed stream does not end the program; a notebook's own streams are left alone."""
+    before = sys.stdout, sys.stderr
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))
+        elif stream is getattr(sys, f"__{name}__"):
+            setattr(sys, name, PatientStream(stream))
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
 
 
 class Run:
@@ -507,6 +620,8 @@ class Run:
     """
 
     def __init__(self, args: Any, script: str, columns: tuple[str, ...]):
+        args = replace(args, **{name: plain(value) for name, value in vars(args).items()})
+        args = replace(args, env_id=usual_name(args.env_id))
         self.script, self.columns = script, columns
         self.args, self.config = args, asdict(args)
         self.saved = None  # the last checkpoint of a run that goes on
@@ -519,6 +634,7 @@ class Run:
         self.signal_time = -math.inf
         self.handlers = {}
         self.file = self.board = None
+        self.board_step = 0  # the last one that TensorBoard got
 
     @property
     def resumed(self) -> bool:
@@ -534,6 +650,7 @@ class Run:
         forgotten = [name for name, value in inspect.currentframe().f_back.f_locals.items()
                      if is_trained(value) and not any(value is part for part in parts.values())]
         stop_unless(not forgotten, f"run.keep lacks {', '.join(forgotten)}: a resumed run would lose it")
+        check_memory(self.args, facts)
         self.facts, self.progress, self.parts = facts, progress, {"progress": progress, **parts}
         if self.resumed:
             self.put_back()
@@ -588,17 +705,26 @@ class Run:
                 for pattern in set(RUN_FILES) - {"config.json", "metrics.csv"}:
                     for file in self.dir.glob(pattern):
                         file.unlink()
-            if not self.args.resume:
+            if self.config != self.written_config():  # a resumed run may have got more steps
                 write_file(self.dir / "config.json", json.dumps(self.config, indent=2).encode() + b"\n")
             self.file.truncate(self.saved["metrics_bytes"] if self.resumed else 0)
             self.csv = csv.DictWriter(self.file, self.columns, lineterminator="\n")
             if not self.resumed:
                 self.csv.writeheader()
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(self.dir))
+            # what was written after the checkpoint is written again: without this, curves would run backwards
+            purge_step = self.saved["board_step"] + 1 if self.resumed else None
+            self.board = SummaryWriter(str(self.dir), purge_step=purge_step)
+            if self.args.track:
+                write_file(self.dir / "wandb_id", self.wandb_id.encode())
         except OSError as error:
             stop(f"--run-dir {self.dir}: cannot write there ({error.strerror})")
         self.catch_signals()
+
+    def written_config(self) -> dict | None:
+        """What config.json holds."""
+        file = self.dir / "config.json"
+        return json.loads(file.read_text()) if self.args.resume and file.exists() else None
 
     def lock(self) -> None:
         """Keep the folder for this process until the file is closed."""
@@ -612,20 +738,27 @@ class Run:
             tqdm.write(f"warning: {self.dir}: no locks on this disk: start no second run there", sys.stderr)
 
     def start_wandb(self) -> None:
-        """Log to Weights & Biases what TensorBoard gets."""
+        """Log to Weights & Biases what TensorBoard gets; a resumed run goes on in its run there."""
+        id_file = self.dir / "wandb_id"
         try:
             import wandb
-            wandb.init(project=os.environ.get("WANDB_PROJECT", "marvel"), name=self.dir.name, dir=self.dir,
-                       config=self.config, sync_tensorboard=True, save_code=True)
+            known_id = id_file.read_text() if self.args.resume and id_file.exists() else None
+            wandb_run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "marvel"), name=self.dir.name, dir=self.dir,
+                config=self.config, sync_tensorboard=True, save_code=True, id=known_id, resume="allow")
+            self.wandb_id = wandb_run.id
         except Exception as error:  # it raises many types
             stop(f"--track: Weights & Biases cannot start ({error!s:.100}); WANDB_MODE=offline needs no "
                  "account")
 
     # --- Signals ---
     def catch_signals(self) -> None:
-        """Let Ctrl-C and SIGTERM end the run at the next `checkpoint`; only a main thread can."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+        """Let Ctrl-C and a cluster's signals end the run at the next `checkpoint`; only a main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in SIGNALS:
+            nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not nohup:
                 self.handlers[number] = signal.signal(number, self.on_signal)
 
     def on_signal(self, number: int, _frame: Any) -> None:
@@ -633,10 +766,8 @@ class Run:
         if self.signal and time.monotonic() - self.signal_time > 1:
             raise SystemExit(128 + number)
         self.signal, self.signal_time = number, time.monotonic()
-        try:  # print may be under way
+        with suppress(OSError):  # print may be under way, or Ctrl-C has ended a `| tee` too
             os.write(2, b"\nends at the next checkpoint; once more ends at once\n")
-        except OSError:  # Ctrl-C has ended a `| tee` too: nobody reads what follows
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     # --- Logging ---
     def check_finite(self, values: dict) -> None:
@@ -670,6 +801,7 @@ class Run:
         try:
             for name, value in values.items():
                 self.board.add_scalar(name, float(value), step)
+            self.board_step = step
         except OSError as error:
             stop(f"{self.dir}: cannot be written ({error.strerror}); {self.command} goes on", FAILURE)
 
@@ -701,8 +833,9 @@ class Run:
             stop(f"{self.dir}: cannot be written ({error.strerror}); {self.command} goes on", FAILURE)
         cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         save_checkpoint(self.dir / "checkpoint.pt", {
-            **self.facts, **state, "args": self.config, "metrics_bytes": self.file.tell(),
-            "finished": finished, "torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
+            **self.facts, **state, "args": self.config, "finished": finished,
+            "metrics_bytes": self.file.tell(), "board_step": self.board_step,
+            "torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng})
         self.saved_at = self.step
 
     def close(self) -> None:
@@ -721,29 +854,63 @@ def is_trained(value: Any) -> bool:
     return learns or (torch.is_tensor(value) and value.requires_grad)
 
 
+def plain(value: Any) -> Any:
+    """An option's value as JSON can hold it: a path as text, NumPy's number as Python's."""
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def check_memory(args: Any, facts: dict) -> None:
+    """Stop if the transitions of an online run cannot fit into this machine's memory."""
+    steps = getattr(args, "total_timesteps", 0)
+    row = 4 * (2 * facts["obs_dim"] + facts["act_dim"] + 4)  # bytes of one transition, float32
+    needed = 3 * row * steps  # the buffer, its room to grow, and its copy in a checkpoint
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    stop_unless(needed <= memory, f"--total-timesteps {steps}: its transitions need {needed / 1e9:.0f} GB, "
+                f"this machine has {memory / 1e9:.0f} GB")
+
+
 def read_run(args: Any) -> tuple[Any, dict, dict | None]:
     """Of the run that --resume names: its options as Args and as config.json has them, and its checkpoint.
 
     The checkpoint is None if there is none yet. Ends the program if the run is finished.
     """
     folder = Path(args.resume)
-    typed = sys.argv[3:] if type(args).__module__ == "__main__" else []  # an option, though it be the default
-    stop_unless(args == type(args)(resume=args.resume) and not typed,
-                "--resume takes no other option: the run goes on with those that it was started with")
+    given = {name: value for name, value in vars(args).items() if value != getattr(type(args), name, None)}
+    if type(args).__module__ == "__main__":  # what is typed counts, though it be the default
+        words = [word for word in sys.argv[1:] if word.startswith("--")]
+        names = [word[2:].partition("=")[0].replace("-", "_") for word in words]
+        given |= {name: getattr(args, name, None) for name in names}
+    del given["resume"]
+    stop_unless(set(given) <= set(MAY_BE_RAISED),
+                "--resume takes no other option, but for a larger --total-timesteps or --update-steps: the "
+                "run goes on with those that it was started with")
     try:
         config = json.loads((folder / "config.json").read_text())
         args = type(args)(**config)
     except (OSError, ValueError, TypeError):
         stop(f"--resume {folder}: has no config.json (start it again) or one of another script, version")
-    args = replace(args, run_dir=str(folder), resume=str(folder))
+    first_config = dict(config)
+    for name, value in given.items():
+        stop_unless(value >= config[name], f"--{name.replace('_', '-')} {value}: --resume may only raise it, "
+                    f"the run has {config[name]}")
+        config[name] = value
+    args = replace(type(args)(**config), run_dir=str(folder), resume=str(folder))
     if not (folder / "checkpoint.pt").exists():
         return args, config, None
     saved = load_checkpoint(folder / "checkpoint.pt")
     metrics = folder / "metrics.csv"
     size = metrics.stat().st_size if metrics.exists() else 0
-    stop_unless(saved.get("args") == config and size >= saved["metrics_bytes"],
+    same_options = {**first_config, **steps_of(saved["args"])} == saved["args"]
+    stop_unless(same_options and size >= saved["metrics_bytes"],
                 f"--resume {folder}: config.json, metrics.csv and checkpoint.pt are not those of one run")
-    if saved["finished"]:
+    if saved["finished"] and steps_of(config) == steps_of(saved["args"]):
         print(f"{folder}: this run is finished")
         raise SystemExit(0)
     return args, config, saved
+
+
+def steps_of(config: dict) -> dict:
+    """The options that --resume may raise."""
+    return {name: config[name] for name in MAY_BE_RAISED if name in config}

@@ -33,7 +33,7 @@ class Args:
     overwrite: bool = False
     """start over in a folder that holds a run"""
     resume: str | None = None
-    """folder of a run to go on with, under its own options; takes no other option"""
+    """folder of a run to go on with, under its own options; takes no other but a larger --total-timesteps"""
     checkpoint_every: int = 2_000
     """steps (VPA's gradient steps, then environment steps) between saves of all that --resume needs"""
 
@@ -510,7 +510,7 @@ def main(args: Args) -> None:
             follow(q_target, q, args.vpa_tau)
             follow(qc_target, qc, args.vpa_tau)
             progress["vpa_steps"] += 1
-            run.after_update(step, metrics, "vpa", every=100)
+            run.after_update(step - args.vpa_steps, metrics, "vpa", every=100)  # TensorBoard: before step 0
 
         # --- Align the multiplier ---
         if isinstance(args.lagrange_init, str):

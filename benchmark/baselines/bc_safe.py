@@ -35,7 +35,7 @@ class Args:
     overwrite: bool = False
     """start over in a folder that holds a run"""
     resume: str | None = None
-    """folder of a run to go on with, under its own options; takes no other option"""
+    """folder of a run to go on with, under its own options; takes no other but a larger --update-steps"""
     checkpoint_every: int = 1_000
     """gradient steps between saves of all that --resume needs"""
 
@@ -215,7 +215,7 @@ def main(args: Args) -> None:
     dataset_file = common.find_dataset(task, args.dataset_path)
     dataset_sha256 = common.file_sha256(dataset_file)
     dataset = common.read_dataset(dataset_file, task)
-    print(common.describe_dataset(dataset_file, dataset, args.cost_limit))
+    print(common.describe_dataset(dataset_file, dataset, args.cost_limit, task))
     dataset["rewards"] *= args.reward_scale
     ends, _, costs = common.episode_sums(dataset)
     safe = costs <= args.cost_limit

@@ -35,7 +35,7 @@ class Args:
     overwrite: bool = False
     """start over in a folder that holds a run"""
     resume: str | None = None
-    """folder of a run to go on with, under its own options; takes no other option"""
+    """folder of a run to go on with, under its own options; takes no other but a larger --update-steps"""
     checkpoint_every: int = 1_000
     """gradient steps between saves of all that --resume needs"""
 
@@ -355,7 +355,7 @@ def main(args: Args) -> None:
     dataset_file = common.find_dataset(task, args.dataset_path)
     dataset_sha256 = common.file_sha256(dataset_file)
     dataset = common.read_dataset(dataset_file, task)
-    print(common.describe_dataset(dataset_file, dataset, args.cost_limit))
+    print(common.describe_dataset(dataset_file, dataset, args.cost_limit, task))
     dataset["rewards"] *= args.reward_scale
     data = ReplayBuffer(task.obs_dim, task.act_dim, device)
     data.load_state_dict(dataset)
@@ -378,9 +378,9 @@ def main(args: Args) -> None:
     log_mmd_weight = torch.zeros((), device=device, requires_grad=True)
     mmd_optimizer = torch.optim.Adam([log_mmd_weight], args.critic_lr)
 
-    # The limit is a sum over an episode's T steps, Qc a discounted one: spent evenly, the limit has the
-    # discounted sum (limit / T) (1 + gamma + ... + gamma^(T-1)).
-    horizon = task.max_episode_steps
+    # The limit is a sum over an episode's T steps (T: of the data's longest episode), Qc a discounted one:
+    # spent evenly, the limit has the discounted sum (limit / T) (1 + gamma + ... + gamma^(T-1)).
+    horizon = common.longest_episode(dataset)
     qc_threshold = args.cost_limit / horizon * (1 - args.gamma**horizon) / (1 - args.gamma)
 
     # --- What a checkpoint holds, and --resume puts back: all that changes below must be named here ---

@@ -40,7 +40,7 @@ class Args:
     overwrite: bool = False
     """start over in a folder that holds a run"""
     resume: str | None = None
-    """folder of a run to go on with, under its own options; takes no other option"""
+    """folder of a run to go on with, under its own options; takes no other but a larger --total-timesteps"""
     checkpoint_every: int = 2_000
     """environment steps between saves of all that --resume needs"""
 
