@@ -628,12 +628,15 @@ class Run:
         if args.resume is not None:
             self.args, self.config, self.saved = read_run(args)
         check_options(self.args)
-        self.dir = Path(self.args.run_dir or f"runs/{self.args.env_id}__{script}__seed{self.args.seed}")
+        name = f"{self.args.env_id}__{script}__seed{self.args.seed}"
+        if "WANDB_SWEEP_ID" in os.environ:  # the runs of a sweep share task and seed
+            name += f"__{os.environ.get('WANDB_RUN_ID', '')}"
+        self.dir = Path(self.args.run_dir or f"runs/{name}")
         self.command = f"`{shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}`"
         self.signal = 0  # the last one that asked for an end
         self.signal_time = -math.inf
         self.handlers = {}
-        self.file = self.board = None
+        self.file = self.board = self.wandb_run = None
         self.board_step = 0  # the last one that TensorBoard got
 
     @property
@@ -716,7 +719,7 @@ class Run:
             purge_step = self.saved["board_step"] + 1 if self.resumed else None
             self.board = SummaryWriter(str(self.dir), purge_step=purge_step)
             if self.args.track:
-                write_file(self.dir / "wandb_id", self.wandb_id.encode())
+                write_file(self.dir / "wandb_id", self.wandb_run.id.encode())
         except OSError as error:
             stop(f"--run-dir {self.dir}: cannot write there ({error.strerror})")
         self.catch_signals()
@@ -743,10 +746,9 @@ class Run:
         try:
             import wandb
             known_id = id_file.read_text() if self.args.resume and id_file.exists() else None
-            wandb_run = wandb.init(
+            self.wandb_run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "marvel"), name=self.dir.name, dir=self.dir,
                 config=self.config, sync_tensorboard=True, save_code=True, id=known_id, resume="allow")
-            self.wandb_id = wandb_run.id
         except Exception as error:  # it raises many types
             stop(f"--track: Weights & Biases cannot start ({error!s:.100}); WANDB_MODE=offline needs no "
                  "account")
@@ -846,6 +848,9 @@ class Run:
         for file in (self.file, self.board):
             if file is not None:
                 file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+            self.wandb_run = None
 
 
 def is_trained(value: Any) -> bool:
