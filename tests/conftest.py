@@ -40,12 +40,14 @@ def random_transitions(env_id, episodes, seed):
     env, task = common.make_env(env_id)
     rng, rows = np.random.default_rng(seed), []
     for k in range(episodes):
-        obs, done = common.reset_env(env, seed + k), False
+        obs, _ = env.reset(seed=seed + k)
+        done = False
         while not done:
             action = rng.uniform(-1, 1, task.act_dim).astype(np.float32)
             next_obs, reward, terminated, truncated, info = env.step(action)
             rows.append((obs, next_obs, action, reward, info["cost"], terminated, truncated))
-            obs, done = next_obs.astype(np.float32), terminated or truncated
+            obs = next_obs
+            done = terminated or truncated
     env.close()
     columns = zip(common.DATASET_KEYS, zip(*rows, strict=True), strict=True)
     return {key: np.array(values, bool if key.startswith("t") else np.float32) for key, values in columns}
@@ -63,7 +65,7 @@ def ball_data():
 @pytest.fixture(scope="session")
 def ball_file(ball_data, tmp_path_factory):
     """The same as a file."""
-    from benchmark.export_dataset import write_dataset
+    from benchmark.tools.export_dataset import write_dataset
 
     path = tmp_path_factory.mktemp("data") / "ball.hdf5"
     write_dataset(path, ball_data, {"task": TASK})
@@ -82,7 +84,9 @@ def ball_task():
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """A run that a test cuts short leaves its handlers, which Ctrl-C and the next run's lock would feel."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    import common
+
+    before = {number: signal.getsignal(number) for number in common.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -121,7 +125,7 @@ def run_script(script, *options, cwd, env=None):
 def played(run_dir, task):
     """The training episodes in a run's checkpoint, exported to a file beside the folder and read from it."""
     import common
-    from benchmark import export_dataset
+    from benchmark.tools import export_dataset
 
     file = Path(f"{run_dir}.hdf5")
     export_dataset.main(export_dataset.Args(checkpoint=f"{run_dir}/checkpoint.pt", output=str(file)))

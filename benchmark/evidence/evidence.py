@@ -1,16 +1,17 @@
-"""Run every method of the README's tables, all with the same seeds; a finished run is one CSV file on disk.
+"""Run every method of the tables, all with the same seeds; a finished run is one CSV file on disk.
 
-  python benchmark/evidence.py                     # the whole grid, as benchmark/settings.csv has it
-  python benchmark/evidence.py --methods marvel --tasks SafetyBallRun-v0 --seeds 0 1
+  python benchmark/evidence/evidence.py                     # the whole grid, as settings.csv has it
+  python benchmark/evidence/evidence.py --methods marvel --tasks SafetyBallRun-v0 --seeds 0 1
 
-benchmark/settings.csv is the one table of per-task settings: how many seeds and which methods of the task are
-in the evidence, and the options that the task needs beyond the scripts' defaults, to collect its dataset, to
-train offline, online and from scratch.
+settings.csv, beside this file, is the one table of per-task settings: how many seeds and which methods of the
+task are in the evidence, and the options that the task needs beyond the scripts' defaults, to collect its
+dataset, to train offline, online and from scratch.
 
-A run counts as finished when benchmark/results/<task>/<method>/seed<k>.csv exists: its metrics.csv, copied
-after it ended well. So an interrupted grid continues where it stopped; remove a file to run it again, the
-folder to run all. A dataset that is missing is collected first, offline policies are trained before what
-starts from them. benchmark/report.py turns the files into tables and pictures.
+A run counts as finished when results/<task>/<method>/seed<k>.csv exists: its metrics.csv, copied after it
+ended well. So an interrupted grid continues where it stopped; remove a file to run it again. A dataset that
+is missing is collected first, offline policies are trained before what starts from them. report.py turns the
+files into tables and pictures. Some methods have more seeds there than settings.csv asks for: --seeds names
+them.
 """
 import csv
 import os
@@ -25,27 +26,27 @@ import h5py
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-import offline_pretrain  # noqa: E402
 
-RESULTS = ROOT / "benchmark" / "results"
+RESULTS = Path(__file__).parent / "results"
 DATASETS = ROOT / "datasets"
-SETTINGS = {row["env_id"]: row for row in csv.DictReader((ROOT / "benchmark" / "settings.csv").open())}
+SETTINGS = {row["env_id"]: row for row in csv.DictReader((Path(__file__).parent / "settings.csv").open())}
 OFFLINE, MARVEL, BASELINES = "offline_pretrain.py", "marvel_sac_pid.py", "benchmark/baselines/"
+OFFLINE_SCRIPTS = OFFLINE, BASELINES + "bear_lag.py", BASELINES + "bc_safe.py"
 # The official code's setting: five episodes, then 20 gradient steps of 64 rows (0.02 per step at 200 steps an
 # episode), its learning rates, gains, law, entropy weight and budget, multiplier from 0, no margin.
 AS_RELEASED = (
     "--rollout-episodes 5 --utd 0.02 --batch-size 64 --actor-lr 5e-5 --critic-lr 5e-3 --alpha 1e-3 "
-    "--no-autotune --multiplier apid-published --kp 5e-6 --ki 5e-6 --kd 5e-6 --lagrange-init 0 "
+    "--no-autotune --kp 5e-6 --ki 5e-6 --kd 5e-6 --lagrange-init 0 "
     "--cost-margin 0 --vpa-steps 20000 --vpa-tau 0.005 --vpa-alpha 0 --vpa-alpha-cost 0 "
     "--total-timesteps 100000 --eval-every 50000")
 # method: script, the method whose checkpoint it starts from, options
 METHODS = {
     "offline": (OFFLINE, None, ""),
-    "bear-lag": (OFFLINE, None, "--algo bear-lag"),
-    "bc-safe": (OFFLINE, None, "--algo bc-safe"),
+    "bear-lag": (BASELINES + "bear_lag.py", None, ""),
+    "bc-safe": (BASELINES + "bc_safe.py", None, ""),
     "offline-no-imitation": (OFFLINE, None, "--bc-weight 0"),
     # the main table
     "marvel": (MARVEL, "offline", ""),
@@ -60,7 +61,7 @@ METHODS = {
     "apid-only": (MARVEL, "offline", "--vpa-steps 0 --lagrange-init 0"),
     "fresh-q": (MARVEL, "offline", "--vpa-critics fresh"),
     "fixed": (MARVEL, "offline", "--multiplier fixed --lagrange-init 0.22"),  # where from-scratch settles
-    "as-released": (MARVEL, "offline", AS_RELEASED),
+    "as-released": (BASELINES + "marvel_released_pid.py", "offline", AS_RELEASED),
     # the first multiplier; dual-from-bear-lag takes BEAR-Lag's policy and the multiplier that it ended with
     "dual-from-bear-lag": (MARVEL, "bear-lag", "--multiplier dual --lagrange-max 1e6"),
     "lagrange-0": (MARVEL, "offline", "--lagrange-init 0"),
@@ -75,7 +76,7 @@ METHODS = {
 @dataclass
 class Args:
     tasks: tuple[str, ...] = tuple(SETTINGS)
-    """tasks, of benchmark/settings.csv"""
+    """tasks, of settings.csv"""
     methods: tuple[str, ...] = ()
     """methods, names as in METHODS; default those that settings.csv gives the task"""
     seeds: tuple[int, ...] = ()
@@ -107,12 +108,12 @@ def collect(task: str, work: Path) -> bool:
     """Make the task's dataset unless it is there, and put down what is in it; False if it failed."""
     file, options = DATASETS / f"{task}.hdf5", SETTINGS[task]["collect"].split()
     if not file.exists() and not call(
-            ["benchmark/collect_dataset.py", "--env-id", task, *options, "--jobs", "1",
+            ["benchmark/tools/collect_dataset.py", "--env-id", task, *options, "--jobs", "1",
              "--work-dir", str(work / "collect")], work / task / "collect.txt"):
         return False
     with h5py.File(file) as f:
         data = {key: f[key][()] for key in ("rewards", "costs", "terminals", "timeouts")}
-    _, returns, costs = offline_pretrain.episode_sums(data)
+    _, returns, costs = common.episode_sums(data)
     safe = returns[costs <= 20]
     quartiles = np.quantile(safe, [0.25, 0.5, 0.75]) if len(safe) else [float("nan")] * 3
     facts = dict(
@@ -138,7 +139,7 @@ def run(task: str, method: str, seed: int, work: Path) -> bool:
     """One run; False if it failed."""
     script, start, options = METHODS[method]
     run_dir = work / task / method / f"seed{seed}"
-    phase = "offline" if script == OFFLINE else "online" if start else "scratch"
+    phase = "offline" if script in OFFLINE_SCRIPTS else "online" if start else "scratch"
     command = [script, "--env-id", task, "--seed", str(seed), "--run-dir", str(run_dir), "--overwrite"]
     if start:
         command += ["--checkpoint", str(work / task / start / f"seed{seed}" / "checkpoint.pt")]
@@ -173,7 +174,7 @@ def main(args: Args) -> None:
     jobs = [job for job in jobs if not result_file(*job).exists()]
     # first the offline policies that these runs start from, unless their checkpoints are still there
     starts = {(task, METHODS[method][1], seed): None for task, method, seed in jobs if METHODS[method][1]}
-    first = [job for job in [*starts, *(job for job in jobs if METHODS[job[1]][0] == OFFLINE)]
+    first = [job for job in [*starts, *(job for job in jobs if METHODS[job[1]][0] in OFFLINE_SCRIPTS)]
              if not finished(work / job[0] / job[1] / f"seed{job[2]}" / "checkpoint.pt")
              or not result_file(*job).exists()]
     first = list(dict.fromkeys(first))

@@ -1,10 +1,10 @@
 """What value pre-alignment (VPA) does to the critics: both, before and after, against Monte-Carlo values.
 
-  python benchmark/q_alignment.py               # after benchmark/evidence.py, which leaves offline policies
-  python benchmark/q_alignment.py --table-only  # table and picture of the CSV files that are there
+  python benchmark/evidence/q_alignment.py               # after evidence.py, which leaves offline policies
+  python benchmark/evidence/q_alignment.py --table-only  # table and picture of the CSV files that are there
 
 For every task and seed, VPA is run alone from the offline checkpoint that evidence.py left, with the options
-of benchmark/settings.csv; it ends with the very critics that the seed's Marvel run goes online with. Both
+of settings.csv; it ends with the very critics that the seed's Marvel run goes online with. Both
 pairs of critics are compared with discounted returns and costs of the frozen offline policy, sampled, from
 
   dataset   states and actions of the dataset
@@ -15,8 +15,8 @@ The first two need the simulator in a state of the dataset, so they are for task
 bullet's Ball tasks and the MuJoCo velocity tasks. A state counts if the simulator, put into it, repeats the
 recorded transition; it does not where something is hidden, such as the height of a ball that bounces.
 
-A comparison is one CSV file, benchmark/results/q_alignment/<task>/seed<k>.csv, a line per state and action;
-one that exists is not made again. All files together give q_alignment.md and q_alignment.png.
+A comparison is one CSV file, results/q_alignment/<task>/seed<k>.csv, a line per state and action; one that
+exists is not made again. All files together give q_alignment.md and q_alignment.png.
 """
 import csv
 import os
@@ -35,16 +35,16 @@ import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from scipy import stats  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from benchmark.evidence import SETTINGS, call, finished  # noqa: E402
+from benchmark.evidence.evidence import SETTINGS, call, finished  # noqa: E402
 from marvel_sac_pid import Actor, Critic  # noqa: E402
 
-RESULTS = ROOT / "benchmark" / "results"
+RESULTS = Path(__file__).parent / "results"
 SETS = ("dataset", "random", "rollouts")
 COLUMNS = ("monte_carlo_q", "monte_carlo_qc", "q_before", "qc_before", "q_after", "qc_after")
-CAPTION = """Made by `python benchmark/q_alignment.py`.
+CAPTION = """Made by `python benchmark/evidence/q_alignment.py`.
 
 Critics before → after value pre-alignment against Monte-Carlo values of the frozen offline policy: Spearman's
 rank correlation ρ, and the bias, which is the mean of the critic minus that of the Monte-Carlo values. Means
@@ -66,7 +66,7 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds of the offline policies"""
     work_dir: str = "runs/evidence"
-    """folder of benchmark/evidence.py's runs; VPA's go there too, under <task>/vpa/"""
+    """folder of benchmark/evidence/evidence.py's runs; VPA's go there too, under <task>/vpa/"""
     samples: int = 200
     """states and actions in each set"""
     table_only: bool = False
@@ -90,7 +90,8 @@ def monte_carlo(env: gym.Env, task: common.Task, policy: Callable, gamma: float,
     """
     state, rng, horizon, rows = np.random.get_state(), np.random.default_rng(seed), task.max_episode_steps, []
     for k in range(episodes):
-        obs, steps, prefix = common.reset_env(env, 20_000 + k), [], int(rng.integers(min(10, horizon // 2)))
+        obs, _ = env.reset(seed=20_000 + k)
+        steps, prefix = [], int(rng.integers(min(10, horizon // 2)))
         terminated = truncated = False
         while not (terminated or truncated) and len(steps) < horizon + tail:
             wind_back(env)
@@ -98,7 +99,7 @@ def monte_carlo(env: gym.Env, task: common.Task, policy: Callable, gamma: float,
             action = rng.uniform(-1, 1, task.act_dim).astype("f4") if start else policy(obs, rng)
             next_obs, reward, terminated, truncated, info = env.step(action)
             steps.append((obs, action, reward, info["cost"]))
-            obs = next_obs.astype(np.float32)
+            obs = next_obs
         value = np.zeros(2)
         for t in reversed(range(prefix, len(steps))):
             value = np.array(steps[t][2:], float) + gamma * value
@@ -117,7 +118,7 @@ def set_state(env: gym.Env, obs: np.ndarray) -> bool:
     the robot, changes neither next observation, reward nor cost. Only Ant's first reward is a little off
     (0.0003 in the median): it measures its speed from where the torso was one substep earlier.
     """
-    common.reset_env(env, 0)
+    env.reset(seed=0)
     sim, obs = env.unwrapped, np.asarray(obs, np.float64)
     if type(sim).__module__.startswith("safety_gymnasium.tasks.safety_velocity"):
         positions = len(obs) - sim.model.nv
@@ -188,7 +189,7 @@ def compare(offline: dict, aligned: dict, seed: int, n: int) -> list[dict]:
     actor.load_state_dict(offline["actor"])
     policy, gamma, scale = actor.numpy_policy(), offline["gamma"], offline["reward_scale"]
     rng, state, draws, sets = np.random.default_rng(seed), np.random.get_state(), {}, {}
-    common.reset_env(env, 0)
+    env.reset(seed=0)
     if set_state(env, np.zeros(task.obs_dim)):
         file = common.find_dataset(task, offline["args"]["dataset_path"])
         data = {key: value.numpy() for key, value in common.read_dataset(file, task).items()}
@@ -323,7 +324,8 @@ def main(args: Args) -> None:
         if not (work / task / "offline" / f"seed{seed}" / "checkpoint.pt").is_file():
             common.stop(
                 f"no offline checkpoint of {task}, seed {seed}, in {args.work_dir}; this makes it: "
-                f"rm -f benchmark/results/{task}/offline/seed{seed}.csv && python benchmark/evidence.py "
+                f"rm -f benchmark/evidence/results/{task}/offline/seed{seed}.csv && "
+                f"python benchmark/evidence/evidence.py "
                 f"--methods offline --tasks {task} --seeds {seed} --work-dir {args.work_dir}")
     done = [compare_run(task, seed, work, args.samples) for task, seed in jobs]
     results = read_results()

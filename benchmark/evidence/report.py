@@ -1,11 +1,12 @@
-"""Tables and pictures of the README from the files that benchmark/evidence.py left under benchmark/results/.
+"""Tables and pictures from the files that evidence.py left under results/.
 
-  python benchmark/report.py
+  python benchmark/evidence/report.py
 
-Writes benchmark/results/summary.md, one picture per task that has From Scratch runs, the picture of the
-Lagrangian mismatch, and the tables of README.md and benchmark/README.md that stand below a line
-`<!-- task: methods -->`, `<!-- offline algorithms -->`, ... Numbers are of the last policy: the mean over
-seeds and the half-width of its 95 % t-interval, if there is more than one seed.
+Writes results/summary.md, one picture per task that has From Scratch runs, the picture of the Lagrangian
+mismatch, and the tables of README.md and of the pages in benchmark/ that stand below a mark:
+`<!-- task: methods -->` (all columns), `<!-- narrow task: methods -->` (five), `<!-- equal task: methods -->`
+(at equal steps and at equal return), `<!-- offline algorithms -->`, ... Numbers are of the last policy: the
+mean over seeds and the half-width of its 95 % t-interval, if there is more than one seed.
 """
 import csv
 import re
@@ -17,11 +18,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmark" / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
 sys.path.insert(0, str(ROOT))
-from benchmark.curves import read_metrics  # noqa: E402
+from benchmark.tools.curves import read_metrics  # noqa: E402
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "benchmark").glob("*.md"))]
 COST_LIMIT = 20.0
 COLOURS = {"from-scratch": "gray", "warm-start": "orange", "jsrl": "purple", "pex": "brown", "so2": "pink",
            "vpa-dual": "green", "marvel": "blue"}
@@ -88,6 +90,44 @@ def table(task: str, runs: dict[str, list[dict]], methods: Iterable[str] = ()) -
     return lines + [""]
 
 
+def narrow_table(runs: dict[str, list[dict]], methods: Iterable[str]) -> list[str]:
+    """Five columns for the first screen."""
+    lines = ["", "", "| method (seeds) | env steps | return | cost | violation regret |", "|" + "---|" * 5]
+    for method, seeds in ((name, runs[name]) for name in methods if name in runs):
+        offline = "episode_cost" not in seeds[0]
+        cells = [f"{method} ({len(seeds)})", "0" if offline else f"{seeds[0]['env_steps'][-1]:.0f}"]
+        cells += [interval([run[f"eval_sampled_{name}"][-1] for run in seeds]) for name in ("return", "cost")]
+        cells.append("" if offline else interval([run["violation_regret"][-1] for run in seeds]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines + [""]
+
+
+def equal_table(runs: dict[str, list[dict]], methods: Iterable[str]) -> list[str]:
+    """Methods at equal environment steps, and each until its first safe return of 95 % of the plateau."""
+    seeds_of = {name: runs[name] for name in methods if name in runs}
+    steps = min(run["env_steps"][-1] for seeds in seeds_of.values() for run in seeds)
+    target = 0.95 * plateau(runs["from-scratch"])
+    header = ["method (seeds)", f"until step {steps:.0f}: return of the last 20 episodes",
+              "violation regret", "episodes over the limit",
+              f"until a safe return of {target:.0f}: env steps", "violation regret"]
+    lines = ["", "", "| " + " | ".join(header) + " |", "|" + "---|" * 6]
+    for name, seeds in seeds_of.items():
+        returns, regrets, over, first_steps, first_regrets = [], [], [], [], []
+        for run in seeds:
+            part = run["env_steps"] <= steps
+            returns.append(run["episode_return"][part][-20:].mean())
+            regrets.append(run["violation_regret"][part][-1])
+            over.append(100 * (run["episode_cost"][part] > COST_LIMIT).mean())
+            first = steps_to(run, target)
+            first_steps.append(first)
+            reached = run["env_steps"] == first
+            first_regrets.append(run["violation_regret"][reached][0] if reached.any() else float("nan"))
+        cells = [f"{name} ({len(seeds)})", interval(returns), interval(regrets), interval(over) + " %",
+                 interval(first_steps), interval(first_regrets)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines + [""]
+
+
 def offline_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
     """Every offline algorithm beside its dataset's episodes within the limit, for tasks with all of them."""
     lines = ["### Offline algorithms, cost limit 20", "",
@@ -130,7 +170,7 @@ def short_runs_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
 
 
 def stranger_table() -> list[str]:
-    """The runs from an imported policy (README), of benchmark/results/imported/seed<k>.csv."""
+    """The runs from an imported policy (README), of results/imported/seed<k>.csv."""
     lines = ["### A stranger's policy", "",
              "| seed | env steps | sampled return | cost | mean-action return | cost | violation regret "
              "| mean cost of the last 20 episodes | that mean is above the limit until step |",
@@ -190,8 +230,8 @@ def picture(task: str, runs: dict[str, list[dict]]) -> None:
 
 
 def read_results() -> dict[str, dict[str, list[dict]]]:
-    """Task -> method -> the seeds' metrics, tasks and methods in the order of benchmark/settings.csv."""
-    settings = csv.DictReader((ROOT / "benchmark" / "settings.csv").open())
+    """Task -> method -> the seeds' metrics, tasks and methods in the order of settings.csv."""
+    settings = csv.DictReader((Path(__file__).parent / "settings.csv").open())
     results = {}
     for row in settings:
         files = {name: sorted((RESULTS / row["env_id"] / name).glob("seed*.csv"))
@@ -203,7 +243,7 @@ def read_results() -> dict[str, dict[str, list[dict]]]:
 
 def summary(results: dict[str, dict[str, list[dict]]]) -> str:
     """The text of summary.md."""
-    lines = ["Made by `python benchmark/report.py`.", ""]
+    lines = ["Made by `python benchmark/evidence/report.py`.", ""]
     for task, runs in results.items():
         if "from-scratch" in runs:
             lines += table(task, runs)
@@ -214,6 +254,7 @@ def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
     """A README's text with the tables below its marks made anew."""
     def rows(mark: re.Match) -> str:
         what, _, methods = mark[1].partition(": ")
+        kind, _, task = what.partition(" ")
         if what == "offline algorithms":
             lines = offline_table(results)
         elif what == "short runs":
@@ -223,6 +264,10 @@ def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
         elif what == "q_alignment" and (RESULTS / "q_alignment.md").exists():
             text = (RESULTS / "q_alignment.md").read_text().splitlines()
             lines = ["", "", *(line for line in text if line.startswith("|")), ""]
+        elif kind == "narrow":
+            lines = narrow_table(results.get(task, {}), methods.split())
+        elif kind == "equal":
+            lines = equal_table(results.get(task, {}), methods.split())
         else:
             lines = table(what, results.get(what, {}), methods.split())
         return f"<!-- {mark[1]} -->\n" + "".join(f"{line}\n" for line in lines[2:-1])
@@ -233,8 +278,8 @@ def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
 def main() -> None:
     results = read_results()
     texts = {RESULTS / "summary.md": summary(results)}
-    for readme in ROOT / "README.md", ROOT / "benchmark" / "README.md":
-        texts[readme] = fill_tables(readme.read_text(), results)
+    for page in PAGES:
+        texts[page] = fill_tables(page.read_text(), results)
     for file, text in texts.items():
         part = file.with_name(file.name + ".part")
         part.write_text(text)

@@ -1,6 +1,6 @@
 """Memory of a long run, and time and memory of reading a large dataset.
 
-  python benchmark/memory.py
+  python benchmark/speed/memory.py
 
 The first line is resident memory at 20,000 and at 200,000 environment steps of marvel_sac_pid.py, from
 scratch on a task of three observations in episodes of 100 steps, with as good as no gradient steps,
@@ -19,11 +19,11 @@ import h5py
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import marvel_sac_pid  # noqa: E402
-from benchmark.throughput import cpu_name  # noqa: E402
+from benchmark.speed.clock import cpu_name  # noqa: E402
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Args:
     """environment steps of the first reading, a multiple of 100"""
     last: int = 200_000
     """environment steps of the run, and of the last reading, a multiple of 100"""
-    output: str = "benchmark/results/memory.md"
+    output: str = "benchmark/speed/reports/memory.md"
     """report to write"""
 
 
@@ -81,8 +81,8 @@ def read_large_dataset(path: Path) -> str:
 
 
 def main(args: Args) -> None:
-    common.need(0 < args.first < args.last, f"--first {args.first}: must be between 0 and --last {args.last}")
-    common.need(args.first % 100 == args.last % 100 == 0,
+    common.stop_unless(0 < args.first < args.last, f"--first {args.first}: must be between 0 and --last {args.last}")
+    common.stop_unless(args.first % 100 == args.last % 100 == 0,
                 f"--first {args.first}, --last {args.last}: must be multiples of 100, an episode's steps")
     gym.register("Drift-v0", Drift, max_episode_steps=100)
     readings, row = {}, common.Run.row
@@ -101,7 +101,7 @@ def main(args: Args) -> None:
             env_id="Drift-v0", from_scratch=True, total_timesteps=args.last, utd=0.001, eval_every=2_000,
             eval_episodes=1, checkpoint_every=2_000, run_dir=folder + "/run"))
     first, last = (readings[step] for step in (args.first, args.last))
-    text = (f"`python benchmark/memory.py`, {cpu_name()}:\n\n"
+    text = (f"`python benchmark/speed/memory.py`, {cpu_name()}:\n\n"
             f"- a run: {first:.0f} MB at {args.first} steps, {last:.0f} MB at {args.last}: "
             f"{last - first:+.0f} MB\n"
             f"- a dataset: {large}\n")

@@ -1,6 +1,6 @@
 """How long it takes from the command to the end of a run of one gradient step, and which imports take it.
 
-  python benchmark/startup.py
+  python benchmark/speed/startup.py
 
 That is more than the time to the first gradient step: it ends with an evaluation and a checkpoint.
 """
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from benchmark.throughput import cpu_name  # noqa: E402
+from benchmark.speed.clock import cpu_name  # noqa: E402
 
 OFFLINE = "offline_pretrain.py --update-steps 1 --eval-episodes 1 --run-dir offline"
 RUNS = (OFFLINE, "marvel_sac_pid.py --vpa-steps 1 --total-timesteps 0 --eval-episodes 1 --run-dir online "
@@ -33,7 +33,7 @@ class Args:
     """how often both scripts are timed"""
     packages: int = 8
     """packages in the list of imports"""
-    output: str = "benchmark/results/startup.md"
+    output: str = "benchmark/speed/reports/startup.md"
     """report to write"""
 
 
@@ -43,7 +43,7 @@ def run(folder: str, command: str, *options: str) -> tuple[float, str]:
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, *options, str(ROOT / script), *arguments, "--overwrite"],
                           cwd=folder, env=one_core, capture_output=True, text=True)
-    common.need(done.returncode == 0, f"{script} failed: {done.stderr[-200:]}")
+    common.stop_unless(done.returncode == 0, f"{script} failed: {done.stderr[-200:]}")
     return time.perf_counter() - begin, done.stderr
 
 
@@ -57,14 +57,14 @@ def import_seconds(report: str) -> Counter:
 
 def main(args: Args) -> None:
     for name in ("rounds", "packages"):
-        common.need(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: at least 1")
+        common.stop_unless(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: at least 1")
     with tempfile.TemporaryDirectory() as folder:
         for command in RUNS:  # the disk is warm afterwards
             run(folder, command)
         seconds = [[run(folder, command)[0] for command in RUNS] for _ in range(args.rounds)]
         imports = import_seconds(run(folder, OFFLINE, "-X", "importtime")[1])
     load = f"load average {os.getloadavg()[0]:.1f} at the end"
-    text = f"`python benchmark/startup.py`, {cpu_name()}, {load}:\n\n"
+    text = f"`python benchmark/speed/startup.py`, {cpu_name()}, {load}:\n\n"
     for command, times in zip(RUNS, zip(*seconds, strict=True), strict=True):
         text += (f"- {command.split()[0]}, a run of one gradient step: {min(times):.2f} / "
                  f"{statistics.median(times):.2f} / {max(times):.2f} s (minimum, median, maximum of "

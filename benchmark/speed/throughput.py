@@ -1,7 +1,7 @@
 """How fast the scripts are on this CPU, on one thread: gradient steps, acting, the simulator, the whole loop.
 
-  python benchmark/throughput.py                # three to four minutes
-  python benchmark/throughput.py --peer osrl    # OSRL's trainers too, if its sources are on PYTHONPATH
+  python benchmark/speed/throughput.py                # three to four minutes
+  python benchmark/speed/throughput.py --peer osrl    # OSRL's trainers too, if its sources are on PYTHONPATH
 
 Every version runs for one short slice in every round, in shuffled order, and ratios are taken inside a round:
 what else the machine does then falls on all of them. An update is timed as in the scripts' loops, with the
@@ -40,14 +40,14 @@ from torch.distributions import Normal, TanhTransform, kl_divergence  # noqa: E4
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import marvel_sac_pid as marvel  # noqa: E402
 import offline_pretrain as offline  # noqa: E402
 
 BULLET, MUJOCO = "SafetyBallCircle-v0", "SafetyHalfCheetahVelocityGymnasium-v1"
 BALL = common.Task(BULLET, obs_dim=8, act_dim=2, max_episode_steps=200)
-CAPTION = """Made by `python benchmark/throughput.py{option}`.
+CAPTION = """Made by `python benchmark/speed/throughput.py{option}`.
 
 {cpu}, one thread, torch {torch}, load average {load} at the end; {rounds} rounds of {slice_seconds:g} s.
 Updates and acting: {obs_dim} observations, {act_dim} actions, batch {batch}, networks of 256 x 256, from
@@ -71,7 +71,7 @@ class Args:
     """observations in the updates and in acting; 8 are BallCircle's, beyond that they repeat"""
     act_dim: int = 2
     """actions in the updates and in acting; 2 are BallCircle's, beyond that they repeat"""
-    output: str = "benchmark/results/throughput.md"
+    output: str = "benchmark/speed/reports/throughput.md"
     """file of the table"""
     peer: Literal["osrl"] | None = None
     """another project whose trainers are timed as well"""

@@ -1,6 +1,6 @@
 """Where the time of the README's main command goes: a table of shares of offline training and of finetuning.
 
-  python benchmark/time_shares.py
+  python benchmark/speed/time_shares.py
 
 Runs both scripts with their defaults and takes the time inside their functions, each without what it calls
 of the others in the list. What is in no row is the scripts' own code and what torch does in between.
@@ -17,12 +17,12 @@ import gymnasium as gym
 import torch
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import marvel_sac_pid  # noqa: E402
 import offline_pretrain  # noqa: E402
-from benchmark.throughput import cpu_name  # noqa: E402
+from benchmark.speed.clock import cpu_name  # noqa: E402
 
 PARTS = {  # row: owners and names of what it counts
     "simulator": [(gym.wrappers.TimeLimit, "step"), (common, "reset_env")],
@@ -50,7 +50,7 @@ class Args:
     """environment steps of finetuning"""
     vpa_steps: int = marvel_sac_pid.Args.vpa_steps
     """gradient steps of pre-alignment"""
-    output: str = "benchmark/results/time_shares.md"
+    output: str = "benchmark/speed/reports/time_shares.md"
     """report to write"""
 
 
@@ -84,7 +84,7 @@ class Clock:
 
 def main(args: Args) -> None:
     for name in ("update_steps", "total_timesteps", "vpa_steps"):
-        common.need(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+        common.stop_unless(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     clock, columns = Clock(), {}
     for part, functions in PARTS.items():
         for owner, name in functions:
@@ -100,7 +100,7 @@ def main(args: Args) -> None:
             script.main(options)
             clock.switch()
             columns[title] = dict(clock.seconds)
-    lines = [f"`python benchmark/time_shares.py`: {args.update_steps} offline updates, {args.vpa_steps} of "
+    lines = [f"`python benchmark/speed/time_shares.py`: {args.update_steps} offline updates, {args.vpa_steps} of "
              f"VPA and {args.total_timesteps} environment steps online. {cpu_name()}, load average "
              f"{os.getloadavg()[0]:.1f} at the end.", "",
              "| share of the time | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]

@@ -1,7 +1,7 @@
 """Make a DSRL-format dataset for any task: SAC with a PID multiplier, under a schedule of cost limits.
 
-  python benchmark/collect_dataset.py --env-id SafetyBallCircle-v0
-  python benchmark/collect_dataset.py --env-id SafetyBallRun-v0 --timesteps 12000 --utd 0.25
+  python benchmark/tools/collect_dataset.py --env-id SafetyBallCircle-v0
+  python benchmark/tools/collect_dataset.py --env-id SafetyBallRun-v0 --timesteps 12000 --utd 0.25
 
 As DSRL's collectors did: train from scratch under several limits, keep every training episode, thin evenly
 over the (cost, return) plane. The same seed on the same machine gives the same file. Finished runs stay in
@@ -19,11 +19,10 @@ import h5py
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-import offline_pretrain  # noqa: E402
-from benchmark.export_dataset import episodes_of, write_dataset  # noqa: E402
+from benchmark.tools.export_dataset import episodes_of, write_dataset  # noqa: E402
 
 
 @dataclass
@@ -94,7 +93,7 @@ def main(args: Args) -> None:
         with open(run_dir.with_suffix(".log"), "w") as log:
             status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
         if status == 0:
-            write_dataset(files[k], *episodes_of(run_dir / "checkpoint.pt"))
+            write_dataset(files[k], *episodes_of(run_dir / "checkpoint.pt", args.env_id))
         return status
 
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -108,14 +107,14 @@ def main(args: Args) -> None:
         with h5py.File(file) as f:
             parts.append({key: f[key][()] for key in common.DATASET_KEYS})
     data = {key: np.concatenate([part[key] for part in parts]) for key in common.DATASET_KEYS}
-    ends, returns, costs = offline_pretrain.episode_sums(data)
+    ends, returns, costs = common.episode_sums(data)
     kept = thin(costs, returns, args.max_episodes, np.random.default_rng(args.seed))
     starts = np.concatenate([[0], ends[:-1] + 1])
     rows = np.concatenate([np.arange(starts[k], ends[k] + 1) for k in kept])
     limits = " ".join(f"{limit:g}" for limit in args.cost_limits)
     write_dataset(output, {key: value[rows] for key, value in data.items()}, {
         "task": args.env_id, "seed": args.seed,
-        "command": f"python benchmark/collect_dataset.py --env-id {args.env_id} --cost-limits {limits} "
+        "command": f"python benchmark/tools/collect_dataset.py --env-id {args.env_id} --cost-limits {limits} "
                    f"--timesteps {args.timesteps} --utd {args.utd:g} --max-episodes {args.max_episodes} "
                    f"--seed {args.seed}",
         "versions": " ".join(f"{name}=={version(name)}" for name in (

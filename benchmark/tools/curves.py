@@ -1,7 +1,7 @@
 """What a run did: a table of its policies, its training costs against the limit, and curves.png.
 
-  python benchmark/curves.py
-  python benchmark/curves.py --run-dir runs/SafetyBallRun-v0__marvel_sac_pid__seed0
+  python benchmark/tools/curves.py
+  python benchmark/tools/curves.py --run-dir runs/SafetyBallRun-v0__marvel_sac_pid__seed0
 
 Works on finished and unfinished runs of all scripts, from metrics.csv, config.json and checkpoint.pt.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure  # no pyplot: it needs no display and keeps no global state
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 
 # column of the x-axis: panels, each a title and the columns that it shows where the run has them
@@ -41,8 +41,9 @@ class Args:
 
 def read_metrics(path: str | Path) -> dict[str, np.ndarray]:
     """metrics.csv as float arrays (rows,), nan where a cell is empty."""
-    rows = list(csv.DictReader(Path(path).read_text().splitlines()))
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]} if rows else {}
+    reader = csv.DictReader(Path(path).read_text().splitlines())
+    rows = list(reader)
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in reader.fieldnames or ()}
 
 
 def panels_of(metrics: dict[str, np.ndarray]) -> tuple[str, dict[str, list[str]]]:
@@ -76,7 +77,7 @@ def print_result(evaluations: dict[str, dict], metrics: dict[str, np.ndarray], c
     for name, result in evaluations.items():
         print(f"{name:18s}{result['eval_sampled_return']:16.1f}{result['eval_sampled_cost']:8.1f}"
               f"{result['eval_mean_return']:20.1f}{result['eval_mean_cost']:8.1f}")
-    if "episode_cost" in metrics:
+    if len(metrics.get("episode_cost", ())):
         cost = metrics["episode_cost"]
         above = np.flatnonzero(np.convolve(cost, np.ones(20))[19 : len(cost)] > 20 * cost_limit) + 19
         when = f", none after step {metrics['env_steps'][above[-1]]:.0f}" if len(above) else ""
@@ -91,13 +92,17 @@ def main(args: Args) -> None:
         metrics = read_metrics(run_dir / "metrics.csv")
     except (OSError, ValueError, KeyError, TypeError):
         common.stop(f"--run-dir {run_dir}: holds no run (config.json and metrics.csv)")
-    common.need(metrics, f"--run-dir {run_dir}: nothing is logged there yet")
-    common.need(panels_of(metrics)[1], f"--run-dir {run_dir}: its metrics.csv is not a run's")
+    common.stop_unless(panels_of(metrics)[1], f"--run-dir {run_dir}: its metrics.csv is not a run's")
     if (run_dir / "checkpoint.pt").exists():
         checkpoint = common.load_checkpoint(run_dir / "checkpoint.pt")
         state = "finished" if checkpoint["finished"] else "unfinished"
-        print(f"{run_dir}: {state}, {checkpoint['step']} steps of both phases\n")
+        progress = checkpoint["progress"].items()
+        steps = ", ".join(f"{name} {value}" for name, value in progress if name.endswith("_steps"))
+        print(f"{run_dir}: {state}, {steps}\n")
         print_result(checkpoint["evaluations"], metrics, cost_limit)
+    if not any(len(values) for values in metrics.values()):
+        print("no line in metrics.csv yet, so no curves")
+        return
     plot_curves(run_dir, metrics, cost_limit)
     print(f"curves in {run_dir / 'curves.png'}")
 

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: return, cost and length of the sampled and of the mean-action policy, and a video.
 
-  python benchmark/evaluate.py --checkpoint runs/SafetyBallCircle-v0__marvel_sac_pid__seed0/checkpoint.pt
-  python benchmark/evaluate.py --checkpoint PATH --episodes 100 --video episode.gif
+  python benchmark/tools/evaluate.py --checkpoint FILE
+  python benchmark/tools/evaluate.py --checkpoint FILE --episodes 100 --video episode.gif
 
 With the default seed and as many episodes these are the numbers at the end of the run that wrote the file.
 The video is the first mean-action episode of the table, at most 100 frames of it. The numbers come first: no
@@ -23,7 +23,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second poo
 import numpy as np  # noqa: E402
 from scipy.stats import t  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 from marvel_sac_pid import Actor  # noqa: E402
@@ -55,9 +55,10 @@ def load_policy(args: Args) -> tuple[gym.Env, common.Task, Callable, dict]:
         common.stop(f"--checkpoint {args.checkpoint}: its task is in a module; give --env-id {env_id}")
     env, task = common.make_env(env_id)
     actor = Actor(task.obs_dim, task.act_dim)
-    common.check_checkpoint(args.checkpoint, checkpoint, {
-        "env_id": env_id, "obs_dim": task.obs_dim, "act_dim": task.act_dim, "hidden": 256,
-        "activation": "relu"}, actor=actor)
+    common.check_facts(args.checkpoint, checkpoint, {
+        "env_id": task.env_id, "obs_dim": task.obs_dim, "act_dim": task.act_dim, "hidden": 256,
+        "activation": "relu"})
+    common.check_network(args.checkpoint, "actor", checkpoint.get("actor"), actor)
     actor.load_state_dict(checkpoint["actor"])
     return env, task, actor.numpy_policy(), checkpoint
 

@@ -1,6 +1,6 @@
 """Write the training episodes that an online run's checkpoint holds as a DSRL dataset, to train offline on.
 
-  python benchmark/export_dataset.py --checkpoint runs/collect/checkpoint.pt --output point.hdf5
+  python benchmark/tools/export_dataset.py --checkpoint runs/collect/checkpoint.pt --output point.hdf5
 """
 import os
 import sys
@@ -12,9 +12,8 @@ import h5py
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
-import offline_pretrain  # noqa: E402
 
 
 @dataclass
@@ -23,12 +22,15 @@ class Args:
     """what marvel_sac_pid.py or a baseline wrote"""
     output: str
     """file to write"""
+    env_id: str | None = None
+    """task; default the checkpoint's. One in a module of your own (module:Name-v0) has to be named"""
 
 
 def write_dataset(path: Path, data: dict[str, np.ndarray], attributes: dict[str, Any]) -> None:
     """Write a DSRL file, compressed, under a temporary name first; the same data gives the same bytes.
 
-    data: arrays under common.DATASET_KEYS, as common.read_dataset gives them, with unscaled rewards.
+    data: arrays under common.DATASET_KEYS with unscaled rewards and actions in the simulator's own units,
+    which the attribute action_units says.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -36,17 +38,23 @@ def write_dataset(path: Path, data: dict[str, np.ndarray], attributes: dict[str,
         for key in common.DATASET_KEYS:
             array = np.asarray(data[key], bool if key in ("terminals", "timeouts") else np.float32)
             file.create_dataset(key, data=array, compression="gzip", compression_opts=9, shuffle=True)
-        file.attrs.update(attributes)
+        file.attrs.update({"action_units": "simulator", **attributes})
     part.replace(path)
 
 
-def episodes_of(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The transitions in a checkpoint's replay buffer, rewards unscaled, and their task and seed."""
+def episodes_of(path: str | Path, env_id: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A checkpoint's training episodes, with rewards and actions in the task's own units; task and seed."""
     checkpoint = common.load_checkpoint(path)
     buffer = checkpoint.get("buffer")
-    common.need(buffer and len(buffer["rewards"]), f"--checkpoint {path}: holds no episodes of an online run")
+    common.stop_unless(buffer and len(buffer["rewards"]),
+                       f"--checkpoint {path}: holds no episodes of an online run")
+    if ":" in checkpoint["env_id"] and not env_id:  # a file must not choose what Python imports
+        common.stop(f"--checkpoint {path}: its task is in a module; give --env-id {checkpoint['env_id']}")
+    env, task = common.make_env(env_id or checkpoint["env_id"])
+    env.close()
     data = {key: value.numpy() for key, value in buffer.items()}
     data["rewards"] = data["rewards"] / checkpoint["reward_scale"]
+    data["actions"] = task.own_actions(data["actions"])
     data["timeouts"] = data["timeouts"] * (1 - data["terminals"])  # at both, the task has ended
     return data, {"task": checkpoint["env_id"], "seed": checkpoint["args"]["seed"]}
 
@@ -54,11 +62,11 @@ def episodes_of(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
 def main(args: Args) -> None:
     output = Path(args.output)
     folder = next(parent for parent in output.absolute().parents if parent.exists())
-    common.need(folder.is_dir() and not output.is_dir() and os.access(folder, os.W_OK),
+    common.stop_unless(folder.is_dir() and not output.is_dir() and os.access(folder, os.W_OK),
                 f"--output {output}: must be a file in a folder that can be written to")
-    data, attributes = episodes_of(args.checkpoint)
+    data, attributes = episodes_of(args.checkpoint, args.env_id)
     write_dataset(output, data, attributes)
-    _, returns, costs = offline_pretrain.episode_sums(data)
+    _, returns, costs = common.episode_sums(data)
     print(f"{output}: {len(returns)} episodes, {len(data['rewards'])} transitions; "
           f"return {returns.min():.1f} to {returns.max():.1f}, cost {costs.min():g} to {costs.max():g}")
 

@@ -1,7 +1,7 @@
 """Turn an OSRL run (CPQ, BEAR-Lag or BC) into a checkpoint of ours, to evaluate and to finetune.
 
-  python benchmark/import_osrl.py --source FOLDER
-  python benchmark/import_osrl.py --source FOLDER --std 0.1
+  python benchmark/tools/import_osrl.py --source FOLDER
+  python benchmark/tools/import_osrl.py --source FOLDER --std 0.1
 
 FOLDER holds config.yaml and model.pt (or checkpoint/model.pt), as OSRL writes them; the names of the
 parameters tell the algorithm. Every parameter is either taken or known to be dropped: target networks, the
@@ -34,7 +34,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second poo
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import marvel_sac_pid  # noqa: E402
@@ -202,7 +202,7 @@ def main(args: Args) -> None:
           f"{result['length'][0]:.0f} steps; std of u {median:.2g}{'' if std else ' (median)'}, clamped to "
           f"[{low:.2g}, {high:.2g}], in OSRL to [{math.exp(-20):.1g}, {high:.2g}]")
     if median <= 1.001 * low:
-        print("  it hardly explores, and under the clamp the std cannot be trained: finetune with --std 0.1")
+        print("  it hardly explores, and under the clamp the std cannot be trained: import it with --std 0.1")
 
     # --- Save ---
     if args.output and Path(args.output).is_dir():
