@@ -146,3 +146,13 @@ def parameters(networks):
 def same(a, b):
     """Whether two dicts of arrays are equal, bit for bit."""
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+class Payload:
+    """Unpickled without care, this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")

@@ -81,9 +81,10 @@ def read_large_dataset(path: Path) -> str:
 
 
 def main(args: Args) -> None:
-    common.stop_unless(0 < args.first < args.last, f"--first {args.first}: must be between 0 and --last {args.last}")
+    common.stop_unless(0 < args.first < args.last,
+                       f"--first {args.first}: must be between 0 and --last {args.last}")
     common.stop_unless(args.first % 100 == args.last % 100 == 0,
-                f"--first {args.first}, --last {args.last}: must be multiples of 100, an episode's steps")
+                       f"--first {args.first}, --last {args.last}: no multiples of an episode's 100 steps")
     gym.register("Drift-v0", Drift, max_episode_steps=100)
     readings, row = {}, common.Run.row
 

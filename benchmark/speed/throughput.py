@@ -18,10 +18,7 @@ import contextlib
 import io
 import math
 import os
-import platform
-import random
 import sys
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -38,12 +35,13 @@ import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.distributions import Normal, TanhTransform, kl_divergence  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import marvel_sac_pid as marvel  # noqa: E402
 import offline_pretrain as offline  # noqa: E402
+from benchmark.baselines import bear_lag  # noqa: E402
+from benchmark.speed.clock import cpu_name, measure, spread  # noqa: E402
 
 BULLET, MUJOCO = "SafetyBallCircle-v0", "SafetyHalfCheetahVelocityGymnasium-v1"
 BALL = common.Task(BULLET, obs_dim=8, act_dim=2, max_episode_steps=200)
@@ -90,8 +88,8 @@ def transitions(obs_dim: int, act_dim: int) -> dict[str, torch.Tensor]:
 
 
 # --- The scripts' updates ---
-# In the scripts they are closures inside main, out of reach. Here they are put together from the scripts' own
-# functions, as main does it; a test trains both and finds the same parameters, bit for bit.
+# In the scripts they are steps of main. Here they are put together from the scripts' own functions, as main
+# does it; a test trains both and finds the same parameters, bit for bit.
 def start(obs_dim: int, act_dim: int, args: marvel.Args) -> SimpleNamespace:
     """What updates work on: the networks, in the order in which main makes them, threshold and controller."""
     limit, horizon = offline.Args(), BALL.max_episode_steps
@@ -100,135 +98,131 @@ def start(obs_dim: int, act_dim: int, args: marvel.Args) -> SimpleNamespace:
     for name in ("q", "qc", "actor"):
         setattr(s, f"{name}_target", deepcopy(getattr(s, name)).requires_grad_(False))
     s.qc_threshold = limit.cost_limit / horizon * (1 - limit.gamma**horizon) / (1 - limit.gamma)
-    s.controller = marvel.PIDLagrangian(
-        args.cost_limit * (1 - args.cost_margin), args.kp, args.ki, args.kd, adapt_rate=args.adapt_rate,
-        lagrange_init=0.5 if isinstance(args.lagrange_init, str) else args.lagrange_init,
-        lagrange_max=args.lagrange_max)
+    s.controller = marvel.PIDLagrangian(args.cost_limit * (1 - args.cost_margin), args.kp, args.ki, args.kd,
+                                        adapt_rate=args.adapt_rate, lagrange_max=args.lagrange_max)
+    s.controller.start(0.5 if isinstance(args.lagrange_init, str) else args.lagrange_init)
     return s
 
 
-def check_finite(**values) -> None:
+def check_finite(metrics: dict) -> None:
     """The scripts' run.check_finite, without a run."""
-    common.Run.check_finite(SimpleNamespace(dir="throughput", step=0, saved_at=0, gpu={}), **values)
+    common.Run.check_finite(None, metrics)
 
 
-def minimise_with(check: Callable) -> Callable:
-    """The scripts' minimise, with `check` for run.check_finite."""
-    run = SimpleNamespace(check_finite=check)
-
-    def minimise(name, loss, optimizer):
-        params = optimizer.param_groups[0]["params"]
-        optimizer.zero_grad()
-        loss.backward(inputs=params)  # the actor's loss leaves the critics alone
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-        run.check_finite(**{f"{name} loss": loss, f"{name} gradient": norm})
-        optimizer.step()
-
-    return minimise
+def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, **options) -> None:
+    """The three lines of a gradient step in the scripts."""
+    optimizer.zero_grad()
+    loss.backward(**options)
+    optimizer.step()
 
 
-def offline_update(args: offline.Args, s: SimpleNamespace, adam: Callable = torch.optim.Adam,
-                   check: Callable = check_finite) -> Callable[[dict], dict]:
-    """The update of offline_pretrain.py for args.algo: a batch in, what main logs out."""
-    critic_params, actor_params = [*s.q.parameters(), *s.qc.parameters()], list(s.actor.parameters())
-    target_params = [*s.q_target.parameters(), *s.qc_target.parameters(), *s.actor_target.parameters()]
-    critic_optimizer = adam(critic_params, args.critic_lr, fused=True)
-    actor_optimizer = adam(actor_params, args.actor_lr, fused=True)
-    vae_optimizer = adam(s.vae.parameters(), args.vae_lr, fused=True)
-    pid = offline.CriticPID(args.kp, args.ki, args.kd)
-    s.log_mmd_weight = log_mmd_weight = torch.zeros((), requires_grad=True)
-    mmd_optimizer, minimise = adam([log_mmd_weight], args.critic_lr), minimise_with(check)
+def critic_adam(args, s: SimpleNamespace) -> torch.optim.Adam:
+    """The optimiser of both critics."""
+    return torch.optim.Adam([*s.q.parameters(), *s.qc.parameters()], args.critic_lr, fused=True)
 
-    def update_critics(batch, targets, penalty=0.0):
-        q_loss, qc_loss = offline.critic_loss(batch, s.q, s.qc, *targets)
-        minimise("critic", q_loss + qc_loss + penalty, critic_optimizer)
-        return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=targets[0].mean(), qc_mean=targets[1].mean())
 
-    def update_cpq(batch):
+def cpq_update(args: offline.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
+    """The update of offline_pretrain.py: a batch in, what main logs out."""
+    critic_optimizer = critic_adam(args, s)
+    actor_optimizer = torch.optim.Adam(s.actor.parameters(), args.actor_lr, fused=True)
+    vae_optimizer = torch.optim.Adam(s.vae.parameters(), args.vae_lr, fused=True)
+
+    def update(batch):
         vae_loss, kl = s.vae.loss(batch["observations"], batch["actions"], args.vae_beta)
-        minimise("VAE", vae_loss, vae_optimizer)
+        step(vae_optimizer, vae_loss)
         targets = offline.cpq_targets(batch, s.actor, s.q_target, s.qc_target, args.gamma, s.qc_threshold)
+        bellman_loss, metrics = offline.critic_loss(batch, s.q, s.qc, *targets)
         shortfall, ood_share = offline.ood_shortfall(
             batch["observations"], s.actor, s.vae, s.qc, args.ood_actions, kl.quantile(args.ood_quantile),
             s.qc_threshold)
-        losses = update_critics(batch, targets, args.ood_weight * shortfall)
-        loss, safe, imitated = offline.actor_loss(batch, s.actor, s.q, s.qc, s.qc_threshold, args.bc_weight)
-        minimise("actor", loss, actor_optimizer)
-        return losses | dict(actor_loss=loss, vae_loss=vae_loss, safe_share=safe, ood_share=ood_share,
-                             imitated_share=imitated, ood_shortfall=shortfall)
-
-    def update_bear_lag(batch):
-        vae_loss, _ = s.vae.loss(batch["observations"], batch["actions"], args.vae_beta)
-        minimise("VAE", vae_loss, vae_optimizer)
-        losses = update_critics(batch, offline.bear_targets(
-            batch, s.actor_target, s.q_target, s.qc_target, args.gamma, args.bear_actions))
-        loss, policy_qc, distance = offline.bear_loss(
-            batch["observations"], s.actor, s.vae, s.q, s.qc, args.bear_actions, pid.multiplier,
-            log_mmd_weight.detach().exp())
-        minimise("actor", loss, actor_optimizer)
-        pid.update(policy_qc.item() - s.qc_threshold)
-        minimise("MMD weight", -log_mmd_weight.exp() * (distance - args.mmd_limit), mmd_optimizer)
-        log_mmd_weight.data.clamp_(-5, 10)
-        multiplier, mmd_weight = torch.tensor(pid.multiplier), log_mmd_weight.exp()
-        return losses | dict(actor_loss=loss, vae_loss=vae_loss, policy_qc=policy_qc, mmd=distance,
-                             lagrange_multiplier=multiplier, mmd_weight=mmd_weight)
-
-    def update(batch):
-        losses = {"cpq": update_cpq, "bear-lag": update_bear_lag}[args.algo](batch)
-        with torch.no_grad():
-            torch._foreach_lerp_(target_params, critic_params + actor_params, args.tau)
-        return losses
+        step(critic_optimizer, bellman_loss + args.ood_weight * shortfall)
+        metrics |= {"vae_loss": vae_loss.detach(), "ood_shortfall": shortfall.detach(),
+                    "ood_share": ood_share}
+        loss, actor_metrics = offline.actor_loss(batch, s.actor, s.q, s.qc, s.qc_threshold, args.bc_weight)
+        step(actor_optimizer, loss, inputs=list(s.actor.parameters()))
+        metrics |= actor_metrics
+        offline.follow(s.q_target, s.q, args.tau)
+        offline.follow(s.qc_target, s.qc, args.tau)
+        check_finite(metrics)
+        return metrics
 
     return update
 
 
-def soft_critics_update(args: marvel.Args, s: SimpleNamespace, adam: Callable,
-                        minimise: Callable) -> Callable[..., dict]:
-    """marvel_sac_pid.py's update_critics(batch, policy, alpha, alpha_cost, tau)."""
-    critic_params = [*s.q.parameters(), *s.qc.parameters()]
-    target_params = [*s.q_target.parameters(), *s.qc_target.parameters()]
-    critic_optimizer = adam(critic_params, args.critic_lr, fused=True)
+def bear_lag_update(args: bear_lag.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
+    """The update of bear_lag.py."""
+    critic_optimizer = critic_adam(args, s)
+    actor_optimizer = torch.optim.Adam(s.actor.parameters(), args.actor_lr, fused=True)
+    vae_optimizer = torch.optim.Adam(s.vae.parameters(), args.vae_lr, fused=True)
+    controller = bear_lag.CriticPID(args.kp, args.ki, args.kd)
+    s.log_mmd_weight = log_mmd_weight = torch.zeros((), requires_grad=True)
+    mmd_optimizer = torch.optim.Adam([log_mmd_weight], args.critic_lr)
 
-    def update_critics(batch, policy, alpha, alpha_cost, tau):
-        targets = marvel.soft_targets(batch, policy, s.q_target, s.qc_target, args.gamma, alpha, alpha_cost)
-        q_loss, qc_loss = marvel.critic_loss(batch, s.q, s.qc, *targets)
-        minimise("critic", q_loss + qc_loss, critic_optimizer)
-        with torch.no_grad():
-            torch._foreach_lerp_(target_params, critic_params, tau)
-        return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=targets[0].mean(), qc_mean=targets[1].mean())
+    def update(batch):
+        vae_loss, _ = s.vae.loss(batch["observations"], batch["actions"], args.vae_beta)
+        step(vae_optimizer, vae_loss)
+        targets = bear_lag.bear_targets(batch, s.actor_target, s.q_target, s.qc_target, args.gamma,
+                                        args.bear_actions)
+        loss, metrics = bear_lag.critic_loss(batch, s.q, s.qc, *targets)
+        step(critic_optimizer, loss)
+        loss, policy_qc, distance = bear_lag.bear_loss(
+            batch["observations"], s.actor, s.vae, s.q, s.qc, args.bear_actions, controller.multiplier,
+            log_mmd_weight.detach().exp())
+        step(actor_optimizer, loss, inputs=list(s.actor.parameters()))
+        metrics |= {"vae_loss": vae_loss.detach(), "actor_loss": loss.detach(), "policy_qc": policy_qc,
+                    "mmd": distance}
+        controller.update(policy_qc.item() - s.qc_threshold)
+        step(mmd_optimizer, -log_mmd_weight.exp() * (distance - args.mmd_limit))
+        log_mmd_weight.data.clamp_(bear_lag.LOG_MMD_WEIGHT_MIN, bear_lag.LOG_MMD_WEIGHT_MAX)
+        metrics |= {"lagrange_multiplier": controller.multiplier, "mmd_weight": log_mmd_weight.detach().exp()}
+        for name in ("q", "qc", "actor"):
+            bear_lag.follow(getattr(s, f"{name}_target"), getattr(s, name), args.tau)
+        check_finite(metrics)
+        return metrics
 
-    return update_critics
+    return update
 
 
-def vpa_update(args: marvel.Args, s: SimpleNamespace, adam: Callable = torch.optim.Adam,
-               check: Callable = check_finite) -> Callable[[dict], dict]:
+def vpa_update(args: marvel.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
     """One step of value pre-alignment."""
-    update_critics = soft_critics_update(args, s, adam, minimise_with(check))
-    offline_policy = deepcopy(s.actor).requires_grad_(False)
-    return lambda batch: update_critics(batch, offline_policy, args.vpa_alpha, args.vpa_alpha_cost,
-                                        args.vpa_tau)
+    critic_optimizer = critic_adam(args, s)
+
+    def update(batch):
+        targets = marvel.soft_targets(batch, s.actor, s.q_target, s.qc_target, args.gamma, args.vpa_alpha,
+                                      args.vpa_alpha_cost)
+        loss, metrics = marvel.critic_loss(batch, s.q, s.qc, *targets)
+        step(critic_optimizer, loss)
+        marvel.follow(s.q_target, s.q, args.vpa_tau)
+        marvel.follow(s.qc_target, s.qc, args.vpa_tau)
+        check_finite(metrics)
+        return metrics
+
+    return update
 
 
-def online_update(args: marvel.Args, s: SimpleNamespace, adam: Callable = torch.optim.Adam,
-                  check: Callable = check_finite) -> Callable[[dict], dict]:
-    """One gradient step of online SAC: critics, actor, entropy weight."""
-    minimise = minimise_with(check)
-    update_critics = soft_critics_update(args, s, adam, minimise)
-    actor_optimizer = adam(s.actor.parameters(), args.actor_lr, fused=True)
+def online_update(args: marvel.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
+    """One gradient step of online SAC: critics, actor, entropy weight, target networks."""
+    critic_optimizer = critic_adam(args, s)
+    actor_optimizer = torch.optim.Adam(s.actor.parameters(), args.actor_lr, fused=True)
     s.log_alpha = log_alpha = torch.tensor(math.log(max(args.alpha, 1e-8)), requires_grad=True)
-    alpha_optimizer = adam([log_alpha], args.actor_lr)
-    act_dim = s.actor.head.out_features // 2
+    alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
+    target_entropy = -(s.actor.head.out_features // 2)
 
     def update(batch):
         alpha = log_alpha.detach().exp()
-        losses = update_critics(batch, s.actor, alpha, 0.0, args.tau)
+        targets = marvel.soft_targets(batch, s.actor, s.q_target, s.qc_target, args.gamma, alpha, 0.0)
+        loss, metrics = marvel.critic_loss(batch, s.q, s.qc, *targets)
+        step(critic_optimizer, loss)
         loss, log_prob = marvel.actor_loss(batch["observations"], s.actor, s.q, s.qc, alpha,
                                            s.controller.multiplier)
-        minimise("actor", loss, actor_optimizer)
+        step(actor_optimizer, loss, inputs=list(s.actor.parameters()))
+        metrics |= {"actor_loss": loss.detach(), "alpha": alpha, "entropy": -log_prob.mean()}
         if args.autotune:
-            alpha_loss = -(log_alpha.exp() * (log_prob - act_dim)).mean()
-            minimise("entropy weight", alpha_loss, alpha_optimizer)
-        return losses | dict(actor_loss=loss, alpha=alpha, entropy=-log_prob.mean())
+            step(alpha_optimizer, -(log_alpha.exp() * (log_prob + target_entropy)).mean())
+        marvel.follow(s.q_target, s.q, args.tau)
+        marvel.follow(s.qc_target, s.qc, args.tau)
+        check_finite(metrics)
+        return metrics
 
     return update
 
@@ -237,31 +231,22 @@ def online_loop(args: marvel.Args, s: SimpleNamespace, env_id: str) -> Callable[
     """The online loop of marvel_sac_pid.py: a call plays one episode, then makes its gradient steps."""
     env, task = common.make_env(env_id)
     update, rng, policy = online_update(args, s), np.random.default_rng(args.seed), s.actor.numpy_policy()
-    capacity = args.total_timesteps + task.max_episode_steps
-    widths = dict(observations=(task.obs_dim,), next_observations=(task.obs_dim,), actions=(task.act_dim,))
-    storage = {key: torch.zeros(capacity, *widths.get(key, ())) for key in common.DATASET_KEYS}
-    count = dict(env_steps=0)
+    buffer = marvel.ReplayBuffer(task.obs_dim, task.act_dim, torch.device("cpu"))
 
     def block():
-        if count["env_steps"] >= args.total_timesteps:  # where main ends, this starts to fill it again
-            count["env_steps"] = 0
-        first, episode_cost = count["env_steps"], 0.0
-        obs, done = common.reset_env(env, int(rng.integers(2**31))), False
+        first, episode_cost, done = buffer.size, 0.0, False
+        obs, _ = env.reset(seed=rng.integers(2**31))
         while not done:
             action = policy(obs, rng)
-            check_finite(observation=obs, action=action)
             next_obs, reward, terminated, truncated, info = env.step(action)
-            next_obs, done, cost = next_obs.astype(np.float32), terminated or truncated, info["cost"]
-            check_finite(observation=next_obs, reward=reward, cost=cost)
-            transition = obs, next_obs, action, args.reward_scale * reward, cost, terminated, truncated
-            for key, value in zip(common.DATASET_KEYS, transition, strict=True):
-                storage[key][count["env_steps"]] = torch.as_tensor(value)
-            obs, count["env_steps"] = next_obs, count["env_steps"] + 1
-            episode_cost += float(cost)
+            buffer.add(observations=obs, next_observations=next_obs, actions=action,
+                       rewards=args.reward_scale * reward, costs=info["cost"], terminals=terminated,
+                       timeouts=truncated)
+            obs, done = next_obs, terminated or truncated
+            episode_cost += info["cost"]
         s.controller.update(episode_cost)
-        online_data = {key: value[:count["env_steps"]] for key, value in storage.items()}
-        for _ in range(int(args.utd * count["env_steps"]) - int(args.utd * first)):
-            update(marvel.sample(online_data, args.batch_size))
+        for _ in range(int(args.utd * buffer.size) - int(args.utd * first)):
+            update(buffer.sample(args.batch_size))
 
     return block
 
@@ -437,7 +422,7 @@ def plain_cpq(args: offline.Args, p: SimpleNamespace) -> Callable[[dict], dict]:
         actor_loss = -torch.where(safe, q, 0.0).mean() / q.detach().abs().mean().clamp(min=1e-6)
         actor_loss = actor_loss - args.bc_weight * torch.where(good, log_prob, 0.0).mean()
         descend(actor_loss, actor_optimizer)
-        for name in ("q", "qc", "actor"):
+        for name in ("q", "qc"):
             polyak(getattr(p, name), getattr(p, f"{name}_target"), args.tau)
         return losses | dict(actor_loss=actor_loss, vae_loss=vae_loss, ood_shortfall=shortfall)
 
@@ -453,7 +438,7 @@ def plain_mmd(x, y, sigma=50.0):
     return (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y) + 1e-6).sqrt()
 
 
-def plain_bear_lag(args: offline.Args, p: SimpleNamespace) -> Callable[[dict], dict]:
+def plain_bear_lag(args: bear_lag.Args, p: SimpleNamespace) -> Callable[[dict], dict]:
     """One gradient step of BEAR-Lag."""
     fit, (_, update_vae), n = plain_critics(args, p), plain_vae(args, p), args.bear_actions
     actor_optimizer = torch.optim.Adam(p.actor.parameters(), lr=args.actor_lr)
@@ -496,8 +481,8 @@ def plain_bear_lag(args: offline.Args, p: SimpleNamespace) -> Callable[[dict], d
     return update
 
 
-UPDATES = {"CPQ update": (offline.Args(algo="cpq"), offline_update, plain_cpq),
-           "BEAR-Lag update": (offline.Args(algo="bear-lag"), offline_update, plain_bear_lag),
+UPDATES = {"CPQ update": (offline.Args(), cpq_update, plain_cpq),
+           "BEAR-Lag update": (bear_lag.Args(), bear_lag_update, plain_bear_lag),
            "VPA update": (marvel.Args(), vpa_update, plain_vpa),
            "online update": (marvel.Args(), online_update, plain_online)}
 
@@ -546,15 +531,16 @@ def acting(s: SimpleNamespace, obs_dim: int) -> dict[str, Callable[[], object]]:
 
 def simulator(env_id: str) -> Callable[[], None]:
     """A call is one step of the task with a uniform action, and a reset where an episode ends."""
-    (env, task), rng = common.make_env(env_id), np.random.default_rng(0)
-    common.reset_env(env, 0)
+    env, task = common.make_env(env_id)
+    rng = np.random.default_rng(0)
+    env.reset(seed=0)
 
-    def step():
+    def one_step():
         _, _, terminated, truncated, _ = env.step(rng.uniform(-1, 1, task.act_dim).astype(np.float32))
         if terminated or truncated:
-            common.reset_env(env, int(rng.integers(2**31)))
+            env.reset(seed=rng.integers(2**31))
 
-    return step
+    return one_step
 
 
 def osrl_trainers(data: dict[str, torch.Tensor], batch_size: int) -> dict[str, dict[str, Callable]]:
@@ -583,37 +569,6 @@ def osrl_trainers(data: dict[str, torch.Tensor], batch_size: int) -> dict[str, d
             for name, trainer in trainers.items()}
 
 
-# --- Measuring ---
-def measure(groups: dict[str, dict[str, Callable]], units: dict[str, int], rounds: int, slice_seconds: float,
-            finish: Callable[[], object] = lambda: None) -> dict[tuple[str, str], np.ndarray]:
-    """Calls per second and per CPU second of every version, (rounds, 2), times the group's units per call.
-
-    `finish` waits for what calls only started, as on a GPU; a slice begins and ends with it.
-    """
-    order, shuffler = [(group, version) for group in groups for version in groups[group]], random.Random(0)
-    rates = {key: [] for key in order}
-    for group, version in order:  # optimisers make their memory in the first step
-        groups[group][version]()
-    for _ in tqdm(range(rounds), "rounds"):
-        shuffler.shuffle(order)
-        for group, version in order:
-            finish()
-            call, calls, cpu, wall = groups[group][version], 0, time.process_time(), time.perf_counter()
-            while calls == 0 or time.perf_counter() - wall < slice_seconds:
-                call()
-                calls += 1
-            finish()
-            seconds = np.array([time.perf_counter() - wall, time.process_time() - cpu])
-            rates[group, version].append(units.get(group, 1) * calls / seconds)
-    return {key: np.array(rate) for key, rate in rates.items()}
-
-
-def spread(numbers: np.ndarray) -> str:
-    """Minimum / median / maximum."""
-    low, middle, high = (f"{x:.0f}" if x >= 100 else f"{x:.3g}" for x in np.quantile(numbers, [0, 0.5, 1]))
-    return f"{low} / **{middle}** / {high}"
-
-
 def table_rows(groups: dict[str, dict[str, Callable]], rates: dict[tuple[str, str], np.ndarray]) -> str:
     """The lines of the table; a group's first version is the script's own."""
     lines = []
@@ -625,15 +580,6 @@ def table_rows(groups: dict[str, dict[str, Callable]], rates: dict[tuple[str, st
             cells = [group, version, *map(spread, rate.T), spread(1e6 / rate[:, 1]), *ratio]
             lines.append("| " + " | ".join(cells) + " |\n")
     return "".join(lines)
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.machine()
 
 
 def main(args: Args) -> None:
@@ -649,16 +595,19 @@ def main(args: Args) -> None:
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     data, batch = transitions(args.obs_dim, args.act_dim), marvel.Args.batch_size
+    buffer = marvel.ReplayBuffer(args.obs_dim, args.act_dim, torch.device("cpu"))
+    buffer.load_state_dict(data)
     peers = osrl_trainers(data, batch) if args.peer == "osrl" else {}
 
     groups = {}
     for name, (options, script, plain) in UPDATES.items():
-        def step(update):
-            return lambda: update(marvel.sample(data, batch))
+        def on_a_batch(update):
+            return lambda: update(buffer.sample(batch))
 
         s = start(args.obs_dim, args.act_dim, marvel.Args())
-        groups[name] = {"script": step(script(options, s)), "plain": step(plain(options, plain_start(s)))}
-        groups[name]["matrix products"] = floor(matrix_products(step(script(options, deepcopy(s)))))
+        groups[name] = {"script": on_a_batch(script(options, s)),
+                        "plain": on_a_batch(plain(options, plain_start(s)))}
+        groups[name]["matrix products"] = floor(matrix_products(on_a_batch(script(options, deepcopy(s)))))
         groups[name] |= peers.get(name, {})
     groups["acting"] = acting(start(args.obs_dim, args.act_dim, marvel.Args()), args.obs_dim)
     for env_id in (BULLET, MUJOCO):

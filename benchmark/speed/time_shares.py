@@ -25,20 +25,22 @@ import offline_pretrain  # noqa: E402
 from benchmark.speed.clock import cpu_name  # noqa: E402
 
 PARTS = {  # row: owners and names of what it counts
-    "simulator": [(gym.wrappers.TimeLimit, "step"), (common, "reset_env")],
+    "simulator": [(gym.wrappers.TimeLimit, "step"), (gym.wrappers.TimeLimit, "reset")],
     "evaluations but for the simulator": [(common, "evaluate")],
     "dataset and checkpoints": [
         (common, "read_dataset"), (common, "load_checkpoint"), (common, "save_checkpoint")],
     "metrics.csv and TensorBoard": [(common.Run, "row"), (common.Run, "close")],
-    "checks that all is finite": [(common.Run, "check_finite"), (torch.nn.utils, "get_total_norm")],
-    "batches": [(marvel_sac_pid, "sample"), (offline_pretrain, "sample")],
+    "checks that all is finite": [(common.Run, "check_finite")],
+    "checks of the simulator's steps": [(common.SafeEnv, "step")],
+    "replay buffer": [(script.ReplayBuffer, name) for script in (marvel_sac_pid, offline_pretrain)
+                      for name in ("add", "sample")],
     "targets": [(marvel_sac_pid, "soft_targets"), (offline_pretrain, "cpq_targets")],
     "losses, forward": [(marvel_sac_pid, "critic_loss"), (marvel_sac_pid, "actor_loss"),
                         (offline_pretrain, "critic_loss"), (offline_pretrain, "actor_loss"),
                         (offline_pretrain, "ood_shortfall"), (offline_pretrain.VAE, "loss")],
     "losses, backward": [(torch.Tensor, "backward")],
     "Adam": [(torch.optim.Adam, "step"), (torch.optim.Adam, "zero_grad")],
-    "target networks": [(torch, "_foreach_lerp_")],
+    "target networks": [(marvel_sac_pid, "follow"), (offline_pretrain, "follow")],
 }
 
 
@@ -84,7 +86,8 @@ class Clock:
 
 def main(args: Args) -> None:
     for name in ("update_steps", "total_timesteps", "vpa_steps"):
-        common.stop_unless(getattr(args, name) > 0, f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+        common.stop_unless(getattr(args, name) > 0,
+                           f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     clock, columns = Clock(), {}
     for part, functions in PARTS.items():
         for owner, name in functions:
@@ -100,9 +103,9 @@ def main(args: Args) -> None:
             script.main(options)
             clock.switch()
             columns[title] = dict(clock.seconds)
-    lines = [f"`python benchmark/speed/time_shares.py`: {args.update_steps} offline updates, {args.vpa_steps} of "
-             f"VPA and {args.total_timesteps} environment steps online. {cpu_name()}, load average "
-             f"{os.getloadavg()[0]:.1f} at the end.", "",
+    lines = [f"`python benchmark/speed/time_shares.py`: {args.update_steps} offline updates, "
+             f"{args.vpa_steps} of VPA and {args.total_timesteps} environment steps online. {cpu_name()}, "
+             f"load average {os.getloadavg()[0]:.1f} at the end.", "",
              "| share of the time | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for part in [*PARTS, "the rest"]:
         shares = [100 * seconds.get(part, 0.0) / sum(seconds.values()) for seconds in columns.values()]

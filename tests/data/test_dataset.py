@@ -9,7 +9,7 @@ from conftest import TASK
 
 import common
 import offline_pretrain
-from benchmark.collect_dataset import thin
+from benchmark.tools.collect_dataset import thin
 
 FLAGS = ("terminals", "timeouts")
 
@@ -276,7 +276,7 @@ def test_path_that_does_not_exist_is_not_replaced_by_another_file(places, tmp_pa
 
 def test_task_without_a_known_dataset_is_told_how_to_give_one(places, refusal):
     line = refusal(common.find_dataset, task("SafetyCarReach-v0"), None)
-    assert "SafetyCarReach-v0" in line and "benchmark/collect_dataset.py" in line
+    assert "SafetyCarReach-v0" in line and "benchmark/tools/collect_dataset.py" in line
 
 
 # --- Thinning ---

@@ -7,7 +7,7 @@ import pytest
 from conftest import played
 
 import common
-from benchmark.curves import read_metrics
+from benchmark.tools.curves import read_metrics
 from marvel_sac_pid import Args, main
 
 # Task: dimensions of observation and action, time limit, and how an episode of uniform actions ends: by time,

@@ -1,4 +1,4 @@
-"""benchmark/collect_dataset.py makes a dataset that can be made again, and continues what was interrupted."""
+"""benchmark/tools/collect_dataset.py makes a dataset that can be made again, and continues what was interrupted."""
 
 import subprocess
 from importlib.metadata import version
@@ -12,9 +12,9 @@ from conftest import TASK, random_transitions, run_script, single_line
 
 import common
 import offline_pretrain
-from benchmark import collect_dataset
+from benchmark.tools import collect_dataset
 
-SCRIPT = "benchmark/collect_dataset.py"
+SCRIPT = "benchmark/tools/collect_dataset.py"
 TINY = ["--cost-limits", "10", "40", "--timesteps", "400", "--max-episodes", "3", "--seed", "5",
         "--output", "made/ball.hdf5", "--work-dir", "work"]
 

@@ -1,4 +1,4 @@
-"""benchmark/curves.py: the table, the costs against the limit and the panels are those of the run's files."""
+"""benchmark/tools/curves.py: the table, the costs against the limit and the panels are those of the run's files."""
 
 import json
 
@@ -11,7 +11,7 @@ from PIL import Image
 import common
 import marvel_sac_pid
 import offline_pretrain
-from benchmark import curves
+from benchmark.tools import curves
 
 TABLE_HEAD = ["sampled", "return", "cost", "mean-action", "return", "cost"]
 
@@ -317,9 +317,9 @@ def test_checkpoint_that_is_none_is_refused_in_one_line(tmp_path, refusal):
 
 
 def test_command_line_takes_the_folder_and_refuses_one_that_is_none(tmp_path, online_run):
-    status, stdout, stderr = run_script("benchmark/curves.py", "--run-dir", online_run, cwd=tmp_path)
+    status, stdout, stderr = run_script("benchmark/tools/curves.py", "--run-dir", online_run, cwd=tmp_path)
     assert (status, stderr) == (0, "")
     assert stdout.splitlines()[0] == f"{online_run}: finished, 430 steps of both phases"
-    status, stdout, stderr = run_script("benchmark/curves.py", cwd=tmp_path)
+    status, stdout, stderr = run_script("benchmark/tools/curves.py", cwd=tmp_path)
     assert stdout == "" and f"--run-dir runs/{TASK}__marvel_sac_pid__seed0: " in single_line(status, stderr)
     assert list(tmp_path.iterdir()) == []

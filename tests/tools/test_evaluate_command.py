@@ -1,4 +1,4 @@
-"""benchmark/evaluate.py: the table is common.evaluate's, the film one of those episodes, a fault one line."""
+"""benchmark/tools/evaluate.py: the table is common.evaluate's, the film one of those episodes, a fault one line."""
 
 import os
 import subprocess
@@ -15,9 +15,9 @@ from scipy.stats import sem, t
 import common
 import marvel_sac_pid
 import offline_pretrain
-from benchmark import evaluate
+from benchmark.tools import evaluate
 
-SCRIPT = "benchmark/evaluate.py"
+SCRIPT = "benchmark/tools/evaluate.py"
 HOPPER, CHEETAH = "SafetyHopperVelocityGymnasium-v1", "SafetyHalfCheetahVelocityGymnasium-v1"
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 import common
-from benchmark import evidence
+from benchmark.evidence import evidence
 
 TASK = "SafetyBallRun-v0"
 
@@ -114,7 +114,7 @@ def test_settings_name_known_tasks_methods_and_options():
 
     import marvel_sac_pid
     import offline_pretrain
-    from benchmark import collect_dataset
+    from benchmark.tools import collect_dataset
 
     for task, row in evidence.SETTINGS.items():
         assert task in gym.registry

@@ -1,4 +1,4 @@
-"""benchmark/export_dataset.py writes what was played, in the task's own units, or says in a line why not."""
+"""benchmark/tools/export_dataset.py writes what was played, in the task's own units, or says in a line why not."""
 
 from importlib import import_module
 
@@ -12,9 +12,9 @@ from conftest import TASK, TINY_MARVEL, run_script, single_line
 import common
 import marvel_sac_pid
 import offline_pretrain
-from benchmark import export_dataset
-from benchmark.curves import read_metrics
-from benchmark.export_dataset import Args, episodes_of, main, write_dataset
+from benchmark.tools import export_dataset
+from benchmark.tools.curves import read_metrics
+from benchmark.tools.export_dataset import Args, episodes_of, main, write_dataset
 
 SCRIPTS = {"marvel_sac_pid": marvel_sac_pid} | {
     name: import_module(f"benchmark.baselines.{name}") for name in ("jsrl", "pex", "so2")}
@@ -227,7 +227,7 @@ def test_output_that_cannot_be_written_is_refused(tmp_path, online, refusal, mon
 
 def test_command_line_writes_the_file_where_it_is_run_or_gives_one_line(tmp_path, ball_task, online):
     checkpoint = online("marvel_sac_pid")[0] / "checkpoint.pt"
-    command = ["benchmark/export_dataset.py", "--checkpoint", checkpoint, "--output"]
+    command = ["benchmark/tools/export_dataset.py", "--checkpoint", checkpoint, "--output"]
     status, stdout, stderr = run_script(*command, "x.hdf5", cwd=tmp_path)
     assert (status, stderr) == (0, "")
     assert stdout.startswith("x.hdf5: 3 episodes, 520 transitions; ")

@@ -1,4 +1,4 @@
-"""benchmark/import_osrl.py: OSRL's policies and critics compute the same in our networks, or are refused."""
+"""benchmark/tools/import_osrl.py: OSRL's policies and critics compute the same in our networks, or are refused."""
 
 import copy
 import hashlib
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TASK
-from test_checkpoint import Payload
+from conftest import Payload, ROOT, TASK
+
 from torch import nn
 
 import common
 import marvel_sac_pid
-from benchmark import import_osrl
-from benchmark.curves import read_metrics
+from benchmark.tools import import_osrl
+from benchmark.tools.curves import read_metrics
 
 REAL = Path(os.environ.get("OSRL_CHECKPOINTS", ROOT.parent / "shared" / "data" / "osrl_cpq"))
 CONFIG = {"task": "OfflineBallCircle-v0", "seed": 0, "cost_limit": 20, "gamma": 0.99, "reward_scale": 0.1,

@@ -15,7 +15,7 @@ import pytest
 
 from dsrl_for_py311 import repack
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IMPORT_NAMES = {"PyYAML": "yaml", "pillow": "PIL", "bullet-safety-gym": "bullet_safety_gym"}
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import common
-from benchmark import q_alignment
-from benchmark.q_alignment import alignment, follow, monte_carlo, repeated, set_state
+from benchmark.evidence import q_alignment
+from benchmark.evidence.q_alignment import alignment, follow, monte_carlo, repeated, set_state
 from marvel_sac_pid import Actor, Critic
 
 
@@ -301,7 +301,7 @@ def command_once(folder):
 def test_missing_checkpoint_is_one_line_with_the_command_that_makes_it(workplace, refusal):
     (workplace / "work" / RUN / "offline/seed4/checkpoint.pt").unlink()
     line = refusal(command_once, workplace)
-    assert f"python benchmark/evidence.py --methods offline --tasks {RUN} --seeds 4" in line
+    assert f"python benchmark/evidence/evidence.py --methods offline --tasks {RUN} --seeds 4" in line
     assert not (workplace / "work" / RUN / "vpa").exists()
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmark import report
+from benchmark.evidence import report
 
 
 def run(returns, costs, steps_per_episode=100):

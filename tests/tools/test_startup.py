@@ -1,11 +1,11 @@
-"""benchmark/startup.py times runs that train, and counts every import once."""
+"""benchmark/speed/startup.py times runs that train, and counts every import once."""
 
 import re
 
 import pytest
 from conftest import run_script, single_line
 
-from benchmark.startup import import_seconds
+from benchmark.speed.startup import import_seconds
 
 
 def test_imports_are_counted_by_package_without_those_inside_them():
@@ -19,7 +19,7 @@ def test_imports_are_counted_by_package_without_those_inside_them():
 
 def test_both_scripts_are_timed_and_torch_is_among_the_imports(tmp_path):
     status, stdout, stderr = run_script(
-        "benchmark/startup.py", "--rounds", 1, "--output", "x.md", cwd=tmp_path)
+        "benchmark/speed/startup.py", "--rounds", 1, "--output", "x.md", cwd=tmp_path)
     assert status == 0, stderr
     assert (tmp_path / "x.md").read_text() in stdout
     offline, online, imports = stdout.strip().splitlines()[-3:]
@@ -33,5 +33,5 @@ def test_both_scripts_are_timed_and_torch_is_among_the_imports(tmp_path):
 
 @pytest.mark.parametrize("option", ["--rounds", "--packages"])
 def test_nothing_to_time_is_refused(tmp_path, option):
-    status, _, stderr = run_script("benchmark/startup.py", option, 0, cwd=tmp_path)
+    status, _, stderr = run_script("benchmark/speed/startup.py", option, 0, cwd=tmp_path)
     assert f"{option} 0" in single_line(status, stderr)

@@ -11,8 +11,8 @@ import torch
 import common
 import marvel_sac_pid as marvel
 import offline_pretrain as offline
-from benchmark import throughput
-from benchmark.throughput import UPDATES, start
+from benchmark.speed import throughput
+from benchmark.speed.throughput import UPDATES, start
 
 QUICK = dict(rounds=1, slice_seconds=1e-4)
 NETWORKS = ("actor", "q", "qc", "q_target", "qc_target")

@@ -1,4 +1,4 @@
-"""benchmark/time_shares.py books all of the time, once."""
+"""benchmark/speed/time_shares.py books all of the time, once."""
 
 import re
 
@@ -8,7 +8,7 @@ from conftest import run_script, single_line
 
 def test_shares_add_up_and_every_part_takes_time(tmp_path):
     status, stdout, stderr = run_script(
-        "benchmark/time_shares.py", "--update-steps", 20, "--total-timesteps", 200, "--vpa-steps", 10,
+        "benchmark/speed/time_shares.py", "--update-steps", 20, "--total-timesteps", 200, "--vpa-steps", 10,
         "--output", tmp_path / "shares.md", cwd=tmp_path)
     assert status == 0, stderr
     rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+ \| [^|]+) \|$", stdout, re.MULTILINE))
@@ -24,5 +24,5 @@ def test_shares_add_up_and_every_part_takes_time(tmp_path):
 
 @pytest.mark.parametrize("option", ["--update-steps", "--total-timesteps", "--vpa-steps"])
 def test_runs_of_no_step_are_refused(tmp_path, option):
-    status, _, stderr = run_script("benchmark/time_shares.py", option, 0, cwd=tmp_path)
+    status, _, stderr = run_script("benchmark/speed/time_shares.py", option, 0, cwd=tmp_path)
     assert f"{option} 0" in single_line(status, stderr)
