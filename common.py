@@ -111,6 +111,8 @@ def check_options(args: Any) -> None:
             stop_unless(low <= value <= high,
                         f"--{name.replace('_', '-')} {value}: must be between {low:g} and {high:.4g}")
     if getattr(args, "from_scratch", False):
+        stop_unless(args.multiplier != "fixed" or not isinstance(args.lagrange_init, str),
+                    "--multiplier fixed: with --from-scratch --lagrange-init has to be a number")
         stop_unless(not args.checkpoint and not args.dataset_path,
                     "--from-scratch takes neither --checkpoint nor --dataset-path")
     stop_unless(not args.cuda or torch.cuda.is_available(), "--cuda: torch finds no GPU here")
@@ -183,11 +185,14 @@ class SafeEnv(gym.Wrapper):
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """One step of the simulator."""
         self.steps += 1
-        stop_unless(np.isfinite(action).all(), f"{self.place()}: the policy's action is not finite: {action}")
+        if not np.isfinite(action).all():  # a message is made only where one is needed: that takes time
+            stop(f"{self.place()}: the policy's action is not finite: {action}")
         obs, reward, terminated, truncated, info = self.env.step(np.array(action))
-        stop_unless("cost" in info, f"{self.place()}: info has no 'cost', which every step must have")
+        if "cost" not in info:
+            stop(f"{self.place()}: info has no 'cost', which every step must have")
         cost = self.checked_number("info['cost']", info["cost"])
-        stop_unless(cost >= 0, f"{self.place()}: info['cost'] is {cost:g}; a cost is not negative")
+        if cost < 0:
+            stop(f"{self.place()}: info['cost'] is {cost:g}; a cost is not negative")
         reward = self.checked_number("the reward", reward)
         obs = self.checked_observation(obs)
         return obs, reward, bool(terminated), bool(truncated), {**info, "cost": cost}
@@ -203,18 +208,20 @@ class SafeEnv(gym.Wrapper):
             checked = np.array(obs, np.float32)
         except (TypeError, ValueError):
             stop(f"{self.place()}: the observation is no array of numbers but {type(obs).__name__}")
-        stop_unless(checked.shape == shape,
-                    f"{self.place()}: the observation has shape {checked.shape}, its space {shape}")
-        stop_unless(np.isfinite(checked).all(), f"{self.place()}: the observation is not finite: {checked}")
+        if checked.shape != shape:
+            stop(f"{self.place()}: the observation has shape {checked.shape}, its space {shape}")
+        if not np.isfinite(checked).all():
+            stop(f"{self.place()}: the observation is not finite: {checked}")
         return checked
 
     def checked_number(self, name: str, value: Any) -> float:
         """A float of a number in any wrapping: NumPy's, an array or a tensor of one."""
         array = np.asarray(value)
-        stop_unless(array.dtype.kind in "fiub" and array.size == 1,
-                    f"{self.place()}: {name} must be a number, it is {value!r:.60}")
+        if array.dtype.kind not in "fiub" or array.size != 1:
+            stop(f"{self.place()}: {name} must be a number, it is {value!r:.60}")
         number = float(array.reshape(()))
-        stop_unless(math.isfinite(number), f"{self.place()}: {name} is not finite: {number}")
+        if not math.isfinite(number):
+            stop(f"{self.place()}: {name} is not finite: {number}")
         return number
 
 
@@ -322,9 +329,11 @@ def find_dataset(task: Task, dataset_path: str | None) -> Path:
         stop_unless(os.path.isfile(dataset_path), f"--dataset-path {dataset_path}: no such file")
         return Path(dataset_path)
     cache = Path(os.environ.get("DSRL_DATASET_DIR", "~/.dsrl/datasets")).expanduser()
-    for file in (SHIPPED_DATASETS / f"{task.env_id}.hdf5", cache / (task.dataset_file or "none")):
-        if file.is_file():
-            return file
+    shipped = SHIPPED_DATASETS / f"{task.env_id}.hdf5"
+    if shipped.is_file():
+        return shipped
+    if task.dataset_file and (cache / task.dataset_file).is_file():
+        return cache / task.dataset_file
     stop_unless(task.dataset_file,
                 f"{task.env_id} has no dataset: make one with benchmark/tools/collect_dataset.py")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # or every retry prints two lines
@@ -493,24 +502,46 @@ def check_facts(path: str | Path, checkpoint: dict, facts: dict) -> None:
 
 def check_network(path: str | Path, name: str, weights: Any, net: torch.nn.Module) -> None:
     """Stop with one line unless a checkpoint's weights are finite and those of such a network."""
-    def fits(found, expected):
-        return (torch.is_tensor(found) and found.is_cpu and found.layout == expected.layout
-                and (found.shape, found.dtype) == (expected.shape, expected.dtype)
-                and bool(found.isfinite().all()))
-
+    stop_unless(isinstance(weights, dict), f"--checkpoint {path}: it holds no network {name}")
     needed = net.state_dict()
-    stop_unless(isinstance(weights, dict) and weights.keys() == needed.keys()
-                and all(fits(weights[key], needed[key]) for key in needed),
-                f"--checkpoint {path}: {name} is missing (PEX has two), not finite, or of another shape")
+    other = sorted(set(weights) ^ set(needed), key=str)
+    stop_unless(not other, f"--checkpoint {path}: {name} is another network, it differs in {other[:3]}")
+    for key, expected in needed.items():
+        found = weights[key]
+        stop_unless(torch.is_tensor(found) and found.is_cpu and found.layout == expected.layout
+                    and (found.shape, found.dtype) == (expected.shape, expected.dtype),
+                    f"--checkpoint {path}: {name}.{key} is {describe(found)}, this run needs "
+                    f"{describe(expected)}")
+        stop_unless(found.isfinite().all(), f"--checkpoint {path}: {name}.{key} is not finite")
+
+
+def describe(value: Any) -> str:
+    """Shape and type of a tensor in a few words, or what else it is."""
+    return f"{tuple(value.shape)} of {value.dtype}" if torch.is_tensor(value) else type(value).__name__
 
 
 def load_weights(path: str | Path, facts: dict, **nets: torch.nn.Module) -> None:
     """Take networks by name from a finished run's checkpoint with the same facts; stops with one line."""
     checkpoint = load_checkpoint(path)
-    check_facts(path, checkpoint, {**facts, "finished": True})
+    stop_unless(checkpoint.get("finished") is True,
+                f"--checkpoint {path}: its run has not ended; --resume goes on with it")
+    check_facts(path, checkpoint, facts)
     for name, net in nets.items():
         check_network(path, name, checkpoint.get(name), net)
         net.load_state_dict(checkpoint[name])
+
+
+def storable(name: str, value: Any) -> Any:
+    """A value as a checkpoint can hold it, NumPy's numbers as Python's; stops with one line if it cannot."""
+    if isinstance(value, dict):
+        return {key: storable(f"{name}.{key}", item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(storable(name, item) for item in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    stop_unless(torch.is_tensor(value) or type(value) in (bool, int, float, str, type(None)),
+                f"a checkpoint cannot hold {name}, a {type(value).__name__}: give run.keep its numbers")
+    return value
 
 
 def state_of(part: Any) -> Any:
@@ -644,17 +675,18 @@ class Run:
         """Whether there is a checkpoint that the run goes on from."""
         return self.saved is not None
 
-    def keep(self, facts: dict, progress: dict, **parts: Any) -> None:
+    def keep(self, facts: dict, progress: dict, constant: tuple = (), **parts: Any) -> None:
         """Name everything that changes in training: `checkpoint` saves it, and --resume puts it back, here.
 
         facts: what a resumed run must agree in. progress: numbers, of which those named ..._steps are
         counted. parts: networks, optimisers, buffers, generators, tensors, dicts of numbers, by name.
+        constant: what has a state but stays as it is, a dataset.
+        A part that main has among its variables and not here ends the run, now or at the next save.
         """
-        forgotten = [name for name, value in inspect.currentframe().f_back.f_locals.items()
-                     if is_trained(value) and not any(value is part for part in parts.values())]
-        stop_unless(not forgotten, f"run.keep lacks {', '.join(forgotten)}: a resumed run would lose it")
+        self.main_frame, self.constant = inspect.currentframe().f_back, constant
         check_memory(self.args, facts)
         self.facts, self.progress, self.parts = facts, progress, {"progress": progress, **parts}
+        self.refuse_forgotten_parts()
         if self.resumed:
             self.put_back()
         self.saved_at = self.step
@@ -675,6 +707,16 @@ class Run:
         """End the run before such a number is logged or saved."""
         last = f"is of step {self.saved_at}" if self.saved_at else "does not exist"
         stop(f"{self.dir}: {names} is not finite at {self.place()}; the last good checkpoint {last}", FAILURE)
+
+    def refuse_forgotten_parts(self) -> None:
+        """Stop if one of main's variables has a state that a checkpoint would lack."""
+        known = {id(part) for part in (*self.parts.values(), *self.constant)}
+        for part in self.parts.values():
+            if isinstance(part, torch.nn.Module):
+                known |= {id(parameter) for parameter in part.parameters()}
+        forgotten = [name for name, value in self.main_frame.f_locals.items()
+                     if any(id(item) not in known for item in items_with_state(value))]
+        stop_unless(not forgotten, f"run.keep lacks {', '.join(forgotten)}: a resumed run would lose it")
 
     # --- Beginning ---
     def put_back(self) -> None:
@@ -778,13 +820,17 @@ class Run:
             if not math.isfinite(value):
                 self.stop_as_not_finite(name)
 
+    def check_columns(self, values: dict) -> None:
+        """Stop at a number that metrics.csv has no column for."""
+        unknown = set(values) - set(self.columns)
+        stop_unless(not unknown, f"metrics.csv has no column {', '.join(sorted(unknown))}: add it to COLUMNS")
+
     def row(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.csv, flushed, and the same numbers to TensorBoard."""
         self.check_finite({name: value for name, value in values.items() if name != "normalized_return"})
-        unknown = set(values) - set(self.columns)
-        stop_unless(not unknown, f"metrics.csv has no column {', '.join(sorted(unknown))}: add it to COLUMNS")
+        self.check_columns(values)
         try:
-            self.csv.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+            self.csv.writerow({name: value if isinstance(value, int) else f"{float(value):.6g}"
                                for name, value in values.items()})
             self.file.flush()
         except OSError as error:
@@ -794,6 +840,7 @@ class Run:
     def after_update(self, step: int, metrics: dict, prefix: str, every: int) -> None:
         """End of an update outside metrics.csv: finite? Every so many steps to TensorBoard; saved in time."""
         self.check_finite(metrics)
+        self.check_columns(metrics)
         if step % every == 0:
             self.scalars(step, {f"{prefix}/{name}": value for name, value in metrics.items()})
         self.checkpoint()
@@ -824,7 +871,8 @@ class Run:
 
     def save(self, finished: bool) -> None:
         """Write checkpoint.pt, of all that `keep` was given."""
-        state = {name: state_of(part) for name, part in self.parts.items()}
+        self.refuse_forgotten_parts()
+        state = {name: storable(name, state_of(part)) for name, part in self.parts.items()}
         not_finite = [name for name, value in state.items() if not is_finite(value)]
         if not_finite:
             self.stop_as_not_finite(", ".join(not_finite))
@@ -845,6 +893,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
+        self.main_frame = None  # it holds all of main's variables
         for file in (self.file, self.board):
             if file is not None:
                 file.close()
@@ -853,10 +902,16 @@ class Run:
             self.wandb_run = None
 
 
-def is_trained(value: Any) -> bool:
-    """Whether a variable is something that learns: a network, an optimiser, a tensor with a gradient."""
-    learns = isinstance(value, (torch.nn.Module, torch.optim.Optimizer))
-    return learns or (torch.is_tensor(value) and value.requires_grad)
+def items_with_state(value: Any) -> list:
+    """What a variable is, or holds in a list, tuple or dict, that changes in training."""
+    if isinstance(value, (list, tuple)):
+        return [item for part in value for item in items_with_state(part)]
+    if isinstance(value, dict):
+        return items_with_state(list(value.values()))
+    if torch.is_tensor(value):
+        return [value] if value.requires_grad and value.is_leaf else []
+    has_state = hasattr(value, "state_dict") or isinstance(value, np.random.Generator)
+    return [value] if has_state and not isinstance(value, type) else []
 
 
 def plain(value: Any) -> Any:

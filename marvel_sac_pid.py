@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Literal
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second pool of threads slows both down
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads would get in torch's way
 import numpy as np
 import torch
 import torch.nn as nn
@@ -63,7 +63,7 @@ class Args:
 
     # --- Value pre-alignment ---
     vpa_steps: int = 2_000
-    """gradient steps of pre-alignment; 0 is Warm Start"""
+    """gradient steps of pre-alignment; 0 skips it: the baseline Warm Start"""
     vpa_tau: float = 0.1
     """target networks' step in VPA; the policy is frozen, so it may be large (benchmark/methods.md)"""
     vpa_alpha: float = 0.01
@@ -71,7 +71,7 @@ class Args:
     vpa_alpha_cost: float = 0.001
     """entropy weight in VPA's cost targets (per step, in units of cost)"""
     vpa_data: Literal["dataset", "rollouts"] = "dataset"
-    """what VPA fits to: the dataset, or, without one, --learning-starts first steps of the offline policy"""
+    """what VPA fits to: the dataset, or the first --learning-starts steps, which the offline policy plays"""
     vpa_critics: Literal["offline", "fresh"] = "offline"
     """start VPA from the offline critics or from fresh ones"""
 
@@ -97,7 +97,8 @@ class Args:
     multiplier: Literal["apid", "pid", "dual", "fixed"] = "apid"
     """adaptive PID, PID with constant gains, dual ascent with step --ki, or fixed at --lagrange-init"""
     lagrange_init: Literal["relax", "aligned", "norm-ratio"] | float = "relax"
-    """first multiplier: from the critics' gradients (README), or a number; relax without kp is norm-ratio"""
+    """first multiplier, read off the aligned critics: lambda_ls (aligned), lambda_norm (norm-ratio), or from
+    lambda_norm fading to lambda_ls (relax; without kp it stays); a number, or from scratch 0 or a number"""
     lagrange_max: float = 100.0
     """largest multiplier"""
     kp: float = 0.005
@@ -107,7 +108,7 @@ class Args:
     kd: float = 0.005
     """derivative gain per unit of episode cost"""
     adapt_rate: float = 0.05
-    """largest relative change of a gain per multiplier update"""
+    """largest relative change per multiplier update, of a gain or, below the target, of the integral"""
 
     # --- Evaluation ---
     eval_every: int = 5_000
@@ -119,7 +120,8 @@ class Args:
 LOG_STD_MIN, LOG_STD_MAX = -5, 2
 ALIGNMENT_STATES = 4096  # states over which the first multiplier averages the critics' gradients
 
-# metrics.csv, one line per episode; a new number needs its name here
+# metrics.csv, one line per episode; a new number needs its name here. Losses are those of the last gradient
+# step, q_mean and qc_mean are the critics' targets there, the gains are the next update's
 COLUMNS = (
     "env_steps", "episode", "episode_return", "episode_cost", "normalized_return", "normalized_cost",
     "cumulative_cost", "violation_regret", "lagrange_multiplier", "kp", "ki", "kd",
@@ -162,19 +164,22 @@ class Actor(nn.Module):
         # the parameters in the order of __init__: weight and bias of fc1, of fc2, of head
         w1, b1, w2, b2, w3, b3 = (parameter.detach().cpu().numpy() for parameter in self.parameters())
 
-        def act(obs, rng=None):
+        def gaussian(obs):
             x = np.maximum(w1 @ obs + b1, 0)
             x = np.maximum(w2 @ x + b2, 0)
             mean, log_std = np.split(w3 @ x + b3, 2)
+            return mean, log_std.clip(LOG_STD_MIN, LOG_STD_MAX)
+
+        def act(obs, rng=None):
+            mean, log_std = gaussian(obs)
             if rng is not None:
-                std = np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX))
-                mean = mean + std * rng.standard_normal(mean.shape, np.float32)
+                mean = mean + np.exp(log_std) * rng.standard_normal(mean.shape, np.float32)
             return np.tanh(mean)
 
         with torch.no_grad():
-            mean, _ = self.gaussian(torch.ones_like(self.fc1.weight[:1]))
-        difference = np.abs(act(np.ones_like(w1[0])) - mean[0].tanh().cpu().numpy())
-        assert not (difference > 1e-3).any(), "act and gaussian are one network in two forms: change both"
+            expected = self.gaussian(torch.ones_like(self.fc1.weight[:1]))
+        for ours, theirs in zip(gaussian(np.ones_like(w1[0])), expected, strict=True):
+            assert not (np.abs(ours - theirs[0].cpu().numpy()) > 1e-3).any(), "change both gaussians alike"
         return act
 
 
@@ -201,6 +206,16 @@ class Critic(nn.Module):
         return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)
 
 
+def reward_value(q, obs, act):
+    """Q(s, a) (batch,): the smallest of the networks', as in SAC."""
+    return q(obs, act).amin(0)
+
+
+def cost_value(qc, obs, act):
+    """Qc(s, a) (batch,): the mean over the networks, of which there is one."""
+    return qc(obs, act).mean(0)
+
+
 class ReplayBuffer:
     """Transitions in the order in which they came. Its room doubles when full; nothing is overwritten."""
 
@@ -213,7 +228,7 @@ class ReplayBuffer:
             "rewards": torch.zeros(0, device=device),
             "costs": torch.zeros(0, device=device),
             "terminals": torch.zeros(0, device=device),  # 1: the task ended: no bootstrap
-            "timeouts": torch.zeros(0, device=device),  # 1: the time limit cut the episode: bootstrap
+            "timeouts": torch.zeros(0, device=device),  # 1: the time limit cut it: not used here
         }
 
     def add(self, **transition):
@@ -253,8 +268,8 @@ class PIDLagrangian:
     f = 1 + adapt_rate (m - target) / max(m, target), within [1 - adapt_rate, 1 + adapt_rate]:
         m above the target:  kp, ki <- f kp, f ki       kd <- (1 + adapt_rate min(1, s / m)) kd
         else:                I <- f I                   each gain <- max(f gain, its first value)
-    Gains stay below max_growth times their first value. adapt_rate = 0 is plain PID, with kp = kd = 0 dual
-    ascent.
+    Gains stay below max_growth times their first value; f is 1 where the target is 0. adapt_rate = 0 is plain
+    PID, with kp = kd = 0 dual ascent. C starts at 0, so that the first d_delay updates see it rise.
     """
 
     def __init__(self, target_cost: float, kp: float, ki: float, kd: float, ema: float = 0.9,
@@ -277,7 +292,7 @@ class PIDLagrangian:
     def start(self, multiplier: float, fading_from: float | None = None) -> None:
         """Begin at `multiplier`, or at the larger `fading_from`, whose excess shrinks by ema per update.
 
-        The excess sits in P, which forgets. Without a proportional gain it stays.
+        The excess sits in P, which forgets (kp may grow meanwhile). Without a proportional gain it stays.
         """
         kp, _, _ = self.gains
         first = multiplier if fading_from is None else max(multiplier, fading_from)
@@ -345,8 +360,8 @@ def soft_targets(batch, actor, q_target, qc_target, gamma, alpha, alpha_cost):
     A terminal stops the bootstrap, a time limit does not: `terminals` is 0 there.
     """
     next_act, log_prob = actor(batch["next_observations"])
-    next_q = q_target(batch["next_observations"], next_act).amin(0) - alpha * log_prob
-    next_qc = qc_target(batch["next_observations"], next_act).mean(0) - alpha_cost * log_prob
+    next_q = reward_value(q_target, batch["next_observations"], next_act) - alpha * log_prob
+    next_qc = cost_value(qc_target, batch["next_observations"], next_act) - alpha_cost * log_prob
     discount = gamma * (1 - batch["terminals"])
     return batch["rewards"] + discount * next_q, batch["costs"] + discount * next_qc
 
@@ -364,7 +379,7 @@ def critic_loss(batch, q, qc, q_target_value, qc_target_value):
 def actor_loss(obs, actor, q, qc, alpha, lagrange_multiplier):
     """(alpha log pi - Q + lambda Qc) / (1 + lambda), Stooke et al.'s scaling, and log pi (batch,)."""
     act, log_prob = actor(obs)
-    lagrangian = q(obs, act).amin(0) - lagrange_multiplier * qc(obs, act).mean(0)
+    lagrangian = reward_value(q, obs, act) - lagrange_multiplier * cost_value(qc, obs, act)
     return (alpha * log_prob - lagrangian).mean() / (1 + lagrange_multiplier), log_prob.detach()
 
 
@@ -383,8 +398,8 @@ def aligned_multipliers(obs, actor, q, qc):
     sqrt(E[|grad Q|^2] / E[|grad Qc|^2]) is never smaller (Cauchy-Schwarz), so safer. Scaled reward per cost.
     """
     act = actor(obs)[0].detach().requires_grad_()
-    (grad_q,) = torch.autograd.grad(q(obs, act).amin(0).sum(), act)
-    (grad_qc,) = torch.autograd.grad(qc(obs, act).mean(0).sum(), act)
+    (grad_q,) = torch.autograd.grad(reward_value(q, obs, act).sum(), act)
+    (grad_qc,) = torch.autograd.grad(cost_value(qc, obs, act).sum(), act)
     least_squares = (grad_q * grad_qc).sum() / (grad_qc**2).sum().clamp_min(1e-12)
     norm_ratio = grad_q.norm() / grad_qc.norm().clamp_min(1e-6)
     return max(0.0, least_squares.item()), norm_ratio.item()
@@ -448,7 +463,7 @@ def main(args: Args) -> None:
     if not isinstance(args.lagrange_init, str):
         controller.start(args.lagrange_init)
 
-    # --- What a checkpoint holds, and --resume puts back: all that changes below must be named here ---
+    # --- What a checkpoint holds, with torch's random state; --resume puts all of it back here ---
     buffer = ReplayBuffer(task.obs_dim, task.act_dim, device)
     progress = dict(vpa_steps=0, aligned=False, env_steps=0, episode=0, cumulative_cost=0.0,
                     violation_regret=0.0)
@@ -457,7 +472,7 @@ def main(args: Args) -> None:
              actor=actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target, log_alpha=log_alpha,
              critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
              alpha_optimizer=alpha_optimizer, controller=controller, buffer=buffer, rng=rng,
-             evaluations=evaluations)
+             evaluations=evaluations, constant=(offline_data,))
 
     def play_episode(policy):
         """Play one episode into the buffer and return its row of metrics.csv."""
@@ -493,8 +508,9 @@ def main(args: Args) -> None:
     if not args.from_scratch and not progress["aligned"]:
         evaluations["offline policy"] = common.evaluate_both_ways(
             eval_env, actor.numpy_policy(), args.eval_episodes, args.seed)
+        print(f"offline policy: {evaluations['offline policy']}")
         if args.vpa_data == "rollouts":
-            while progress["env_steps"] < max(1, args.learning_starts):
+            while progress["env_steps"] < max(1, args.learning_starts):  # whole episodes, at least one
                 row = play_episode(actor.numpy_policy())
                 run.row(row["env_steps"], row)
                 run.checkpoint()
@@ -574,13 +590,13 @@ def main(args: Args) -> None:
             run.check_finite(metrics)
 
         # --- Evaluate, log, save ---
-        last_row = rows[-1] | {name: value.item() for name, value in metrics.items()} | controller.metrics()
+        last_row = rows[-1] | {name: float(value) for name, value in metrics.items()} | controller.metrics()
         passed_evaluation = env_steps // args.eval_every > steps_before // args.eval_every
         if passed_evaluation or env_steps >= args.total_timesteps:
             evaluations["after finetuning"] = common.evaluate_both_ways(
                 eval_env, actor.numpy_policy(), args.eval_episodes, args.seed)
             last_row |= evaluations["after finetuning"]
-        for row in [*rows[:-1], last_row]:
+        for row in [*rows[:-1], last_row]:  # with the multiplier that these episodes led to
             run.row(row["env_steps"], row | {"lagrange_multiplier": controller.multiplier})
         bar.set_postfix(episode_return=f"{last_row['episode_return']:.0f}",
                         cost=f"{last_row['episode_cost']:.0f}",

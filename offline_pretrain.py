@@ -4,7 +4,7 @@ import os
 from copy import deepcopy
 from dataclasses import dataclass
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second pool of threads slows both down
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads would get in torch's way
 import numpy as np
 import torch
 import torch.nn as nn
@@ -126,19 +126,22 @@ class Actor(nn.Module):
         # the parameters in the order of __init__: weight and bias of fc1, of fc2, of head
         w1, b1, w2, b2, w3, b3 = (parameter.detach().cpu().numpy() for parameter in self.parameters())
 
-        def act(obs, rng=None):
+        def gaussian(obs):
             x = np.maximum(w1 @ obs + b1, 0)
             x = np.maximum(w2 @ x + b2, 0)
             mean, log_std = np.split(w3 @ x + b3, 2)
+            return mean, log_std.clip(LOG_STD_MIN, LOG_STD_MAX)
+
+        def act(obs, rng=None):
+            mean, log_std = gaussian(obs)
             if rng is not None:
-                std = np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX))
-                mean = mean + std * rng.standard_normal(mean.shape, np.float32)
+                mean = mean + np.exp(log_std) * rng.standard_normal(mean.shape, np.float32)
             return np.tanh(mean)
 
         with torch.no_grad():
-            mean, _ = self.gaussian(torch.ones_like(self.fc1.weight[:1]))
-        difference = np.abs(act(np.ones_like(w1[0])) - mean[0].tanh().cpu().numpy())
-        assert not (difference > 1e-3).any(), "act and gaussian are one network in two forms: change both"
+            expected = self.gaussian(torch.ones_like(self.fc1.weight[:1]))
+        for ours, theirs in zip(gaussian(np.ones_like(w1[0])), expected, strict=True):
+            assert not (np.abs(ours - theirs[0].cpu().numpy()) > 1e-3).any(), "change both gaussians alike"
         return act
 
 
@@ -193,6 +196,16 @@ class VAE(nn.Module):
         return squared_error.mean() + beta * kl.mean(), kl.detach()
 
 
+def reward_value(q, obs, act):
+    """Q(s, a) (batch,): the smallest of the networks', as in SAC."""
+    return q(obs, act).amin(0)
+
+
+def cost_value(qc, obs, act):
+    """Qc(s, a) (batch,): the mean over the networks, of which there is one."""
+    return qc(obs, act).mean(0)
+
+
 class ReplayBuffer:
     """Transitions in the order in which they came. Its room doubles when full; nothing is overwritten."""
 
@@ -205,7 +218,7 @@ class ReplayBuffer:
             "rewards": torch.zeros(0, device=device),
             "costs": torch.zeros(0, device=device),
             "terminals": torch.zeros(0, device=device),  # 1: the task ended: no bootstrap
-            "timeouts": torch.zeros(0, device=device),  # 1: the time limit cut the episode: bootstrap
+            "timeouts": torch.zeros(0, device=device),  # 1: the time limit cut it: not used here
         }
 
     def add(self, **transition):
@@ -242,8 +255,8 @@ def cpq_targets(batch, actor, q_target, qc_target, gamma, qc_threshold):
     A terminal stops the bootstrap, a time limit does not: `terminals` is 0 there.
     """
     next_act, _ = actor(batch["next_observations"])
-    next_qc = qc_target(batch["next_observations"], next_act).mean(0)
-    next_q = q_target(batch["next_observations"], next_act).amin(0)
+    next_qc = cost_value(qc_target, batch["next_observations"], next_act)
+    next_q = reward_value(q_target, batch["next_observations"], next_act)
     next_q = next_q * (next_qc <= qc_threshold)
     discount = gamma * (1 - batch["terminals"])
     return batch["rewards"] + discount * next_q, batch["costs"] + discount * next_qc
@@ -270,7 +283,7 @@ def ood_shortfall(obs, actor, vae, qc, n, kl_threshold, qc_threshold):
         act, _ = actor(obs)
         _, _, kl = vae.encode(obs, act)
         ood = (kl > kl_threshold).float()
-    shortfall = F.relu(qc_threshold - qc(obs, act).mean(0))
+    shortfall = F.relu(qc_threshold - cost_value(qc, obs, act))
     return (ood * shortfall).sum() / ood.sum().clamp_min(1), ood.mean()
 
 
@@ -291,11 +304,11 @@ def actor_loss(batch, actor, q, qc, qc_threshold, bc_weight):
     """
     obs, data_act = batch["observations"], batch["actions"]
     act, _ = actor(obs)
-    value = q(obs, act).amin(0)
+    value = reward_value(q, obs, act)
     with torch.no_grad():
-        safe = (qc(obs, act).mean(0) <= qc_threshold).float()
-        data_safe = qc(obs, data_act).mean(0) <= qc_threshold
-        better = data_safe & (q(obs, data_act).amin(0) >= value)
+        safe = (cost_value(qc, obs, act) <= qc_threshold).float()
+        data_safe = cost_value(qc, obs, data_act) <= qc_threshold
+        better = data_safe & (reward_value(q, obs, data_act) >= value)
     scale = value.detach().abs().mean().clamp_min(1e-6)
     imitation = (better * log_likelihood(obs, data_act, actor)).mean()
     loss = -(safe * value).mean() / scale - bc_weight * imitation
@@ -351,13 +364,13 @@ def main(args: Args) -> None:
     horizon = common.longest_episode(dataset)
     qc_threshold = args.cost_limit / horizon * (1 - args.gamma**horizon) / (1 - args.gamma)
 
-    # --- What a checkpoint holds, and --resume puts back: all that changes below must be named here ---
+    # --- What a checkpoint holds, with torch's random state; --resume puts all of it back here ---
     progress = dict(update_steps=0)
     evaluations = {}
     run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256), progress,
              actor=actor, q=q, qc=qc, vae=vae, q_target=q_target, qc_target=qc_target,
              critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, vae_optimizer=vae_optimizer,
-             evaluations=evaluations)
+             evaluations=evaluations, constant=(data,))
 
     bar = tqdm(range(progress["update_steps"] + 1, args.update_steps + 1), "offline", mininterval=1)
     for step in bar:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second pool of threads slows both down
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads would get in torch's way
 import numpy as np
 import torch
 import torch.nn as nn
@@ -111,19 +111,22 @@ class Actor(nn.Module):
         # the parameters in the order of __init__: weight and bias of fc1, of fc2, of head
         w1, b1, w2, b2, w3, b3 = (parameter.detach().cpu().numpy() for parameter in self.parameters())
 
-        def act(obs, rng=None):
+        def gaussian(obs):
             x = np.maximum(w1 @ obs + b1, 0)
             x = np.maximum(w2 @ x + b2, 0)
             mean, log_std = np.split(w3 @ x + b3, 2)
+            return mean, log_std.clip(LOG_STD_MIN, LOG_STD_MAX)
+
+        def act(obs, rng=None):
+            mean, log_std = gaussian(obs)
             if rng is not None:
-                std = np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX))
-                mean = mean + std * rng.standard_normal(mean.shape, np.float32)
+                mean = mean + np.exp(log_std) * rng.standard_normal(mean.shape, np.float32)
             return np.tanh(mean)
 
         with torch.no_grad():
-            mean, _ = self.gaussian(torch.ones_like(self.fc1.weight[:1]))
-        difference = np.abs(act(np.ones_like(w1[0])) - mean[0].tanh().cpu().numpy())
-        assert not (difference > 1e-3).any(), "act and gaussian are one network in two forms: change both"
+            expected = self.gaussian(torch.ones_like(self.fc1.weight[:1]))
+        for ours, theirs in zip(gaussian(np.ones_like(w1[0])), expected, strict=True):
+            assert not (np.abs(ours - theirs[0].cpu().numpy()) > 1e-3).any(), "change both gaussians alike"
         return act
 
 
@@ -162,7 +165,7 @@ class ReplayBuffer:
             "rewards": torch.zeros(0, device=device),
             "costs": torch.zeros(0, device=device),
             "terminals": torch.zeros(0, device=device),  # 1: the task ended: no bootstrap
-            "timeouts": torch.zeros(0, device=device),  # 1: the time limit cut the episode: bootstrap
+            "timeouts": torch.zeros(0, device=device),  # 1: the time limit cut it: not used here
         }
 
     def add(self, **transition):
@@ -241,11 +244,12 @@ def main(args: Args) -> None:
             nn.Linear(fan_in, fan_out)
     actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
 
-    # --- What a checkpoint holds, and --resume puts back: all that changes below must be named here ---
+    # --- What a checkpoint holds, with torch's random state; --resume puts all of it back here ---
     progress = dict(update_steps=0)
     evaluations = {}
     run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256), progress,
-             actor=actor, q=q, qc=qc, actor_optimizer=actor_optimizer, evaluations=evaluations)
+             actor=actor, q=q, qc=qc, actor_optimizer=actor_optimizer, evaluations=evaluations,
+             constant=(data,))
 
     bar = tqdm(range(progress["update_steps"] + 1, args.update_steps + 1), "offline", mininterval=1)
     for step in bar:

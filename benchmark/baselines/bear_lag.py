@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second pool of threads slows both down
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads would get in torch's way
 import numpy as np
 import torch
 import torch.nn as nn
@@ -132,19 +132,22 @@ class Actor(nn.Module):
         # the parameters in the order of __init__: weight and bias of fc1, of fc2, of head
         w1, b1, w2, b2, w3, b3 = (parameter.detach().cpu().numpy() for parameter in self.parameters())
 
-        def act(obs, rng=None):
+        def gaussian(obs):
             x = np.maximum(w1 @ obs + b1, 0)
             x = np.maximum(w2 @ x + b2, 0)
             mean, log_std = np.split(w3 @ x + b3, 2)
+            return mean, log_std.clip(LOG_STD_MIN, LOG_STD_MAX)
+
+        def act(obs, rng=None):
+            mean, log_std = gaussian(obs)
             if rng is not None:
-                std = np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX))
-                mean = mean + std * rng.standard_normal(mean.shape, np.float32)
+                mean = mean + np.exp(log_std) * rng.standard_normal(mean.shape, np.float32)
             return np.tanh(mean)
 
         with torch.no_grad():
-            mean, _ = self.gaussian(torch.ones_like(self.fc1.weight[:1]))
-        difference = np.abs(act(np.ones_like(w1[0])) - mean[0].tanh().cpu().numpy())
-        assert not (difference > 1e-3).any(), "act and gaussian are one network in two forms: change both"
+            expected = self.gaussian(torch.ones_like(self.fc1.weight[:1]))
+        for ours, theirs in zip(gaussian(np.ones_like(w1[0])), expected, strict=True):
+            assert not (np.abs(ours - theirs[0].cpu().numpy()) > 1e-3).any(), "change both gaussians alike"
         return act
 
 
@@ -199,6 +202,16 @@ class VAE(nn.Module):
         return squared_error.mean() + beta * kl.mean(), kl.detach()
 
 
+def reward_value(q, obs, act):
+    """Q(s, a) (batch,): the smallest of the networks', as in SAC."""
+    return q(obs, act).amin(0)
+
+
+def cost_value(qc, obs, act):
+    """Qc(s, a) (batch,): the mean over the networks, of which there is one."""
+    return qc(obs, act).mean(0)
+
+
 class ReplayBuffer:
     """Transitions in the order in which they came. Its room doubles when full; nothing is overwritten."""
 
@@ -211,7 +224,7 @@ class ReplayBuffer:
             "rewards": torch.zeros(0, device=device),
             "costs": torch.zeros(0, device=device),
             "terminals": torch.zeros(0, device=device),  # 1: the task ended: no bootstrap
-            "timeouts": torch.zeros(0, device=device),  # 1: the time limit cut the episode: bootstrap
+            "timeouts": torch.zeros(0, device=device),  # 1: the time limit cut it: not used here
         }
 
     def add(self, **transition):
@@ -290,7 +303,7 @@ def bear_targets(batch, actor_target, q_target, qc_target, gamma, n):
     next_obs = batch["next_observations"].repeat(n, 1)
     values = q_target(next_obs, next_act)
     next_q = (0.75 * values.amin(0) + 0.25 * values.amax(0)).view(n, -1).amax(0)
-    next_qc = qc_target(next_obs, next_act).mean(0).view(n, -1).mean(0)
+    next_qc = cost_value(qc_target, next_obs, next_act).view(n, -1).mean(0)
     discount = gamma * (1 - batch["terminals"])
     return batch["rewards"] + discount * next_q, batch["costs"] + discount * next_qc
 
@@ -327,9 +340,10 @@ def bear_loss(obs, actor, vae, q, qc, n, lagrange_multiplier, mmd_weight):
         z = torch.randn(n, len(obs), 2 * act.shape[-1], device=obs.device).clamp(-0.5, 0.5)
         data_act = vae.decoder(torch.cat([obs.expand(n, -1, -1), z], -1))
     distance, act = mmd(act, data_act).mean(), act[0]  # one action is enough for the critics
-    cost_value = qc(obs, act).mean()
-    loss = (lagrange_multiplier * cost_value - q(obs, act).amin(0).mean()) / (1 + lagrange_multiplier)
-    return loss + mmd_weight * distance, cost_value.detach(), distance.detach()
+    policy_qc = cost_value(qc, obs, act).mean()
+    policy_q = reward_value(q, obs, act).mean()
+    loss = (lagrange_multiplier * policy_qc - policy_q) / (1 + lagrange_multiplier)
+    return loss + mmd_weight * distance, policy_qc.detach(), distance.detach()
 
 
 def follow(target, network, tau):
@@ -383,14 +397,14 @@ def main(args: Args) -> None:
     horizon = common.longest_episode(dataset)
     qc_threshold = args.cost_limit / horizon * (1 - args.gamma**horizon) / (1 - args.gamma)
 
-    # --- What a checkpoint holds, and --resume puts back: all that changes below must be named here ---
+    # --- What a checkpoint holds, with torch's random state; --resume puts all of it back here ---
     progress = dict(update_steps=0)
     evaluations = {}
     run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256), progress,
              actor=actor, q=q, qc=qc, vae=vae, q_target=q_target, qc_target=qc_target,
              actor_target=actor_target, critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
              vae_optimizer=vae_optimizer, controller=controller, log_mmd_weight=log_mmd_weight,
-             mmd_optimizer=mmd_optimizer, evaluations=evaluations)
+             mmd_optimizer=mmd_optimizer, evaluations=evaluations, constant=(data,))
 
     bar = tqdm(range(progress["update_steps"] + 1, args.update_steps + 1), "offline", mininterval=1)
     for step in bar:

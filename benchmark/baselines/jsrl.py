@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a second pool of threads slows both down
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its own threads would get in torch's way
 import numpy as np
 import torch
 import torch.nn as nn
@@ -101,7 +101,7 @@ class Args:
     kd: float = 0.005
     """derivative gain per unit of episode cost"""
     adapt_rate: float = 0.05
-    """largest relative change of a gain per multiplier update"""
+    """largest relative change per multiplier update, of a gain or, below the target, of the integral"""
 
     # --- Evaluation ---
     eval_every: int = 5_000
@@ -112,7 +112,8 @@ class Args:
 
 LOG_STD_MIN, LOG_STD_MAX = -5, 2
 
-# metrics.csv, one line per episode; a new number needs its name here
+# metrics.csv, one line per episode; a new number needs its name here. Losses are those of the last gradient
+# step, q_mean and qc_mean are the critics' targets there, the gains are the next update's
 COLUMNS = (
     "env_steps", "episode", "episode_return", "episode_cost", "normalized_return", "normalized_cost",
     "cumulative_cost", "violation_regret", "lagrange_multiplier", "kp", "ki", "kd",
@@ -155,19 +156,22 @@ class Actor(nn.Module):
         # the parameters in the order of __init__: weight and bias of fc1, of fc2, of head
         w1, b1, w2, b2, w3, b3 = (parameter.detach().cpu().numpy() for parameter in self.parameters())
 
-        def act(obs, rng=None):
+        def gaussian(obs):
             x = np.maximum(w1 @ obs + b1, 0)
             x = np.maximum(w2 @ x + b2, 0)
             mean, log_std = np.split(w3 @ x + b3, 2)
+            return mean, log_std.clip(LOG_STD_MIN, LOG_STD_MAX)
+
+        def act(obs, rng=None):
+            mean, log_std = gaussian(obs)
             if rng is not None:
-                std = np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX))
-                mean = mean + std * rng.standard_normal(mean.shape, np.float32)
+                mean = mean + np.exp(log_std) * rng.standard_normal(mean.shape, np.float32)
             return np.tanh(mean)
 
         with torch.no_grad():
-            mean, _ = self.gaussian(torch.ones_like(self.fc1.weight[:1]))
-        difference = np.abs(act(np.ones_like(w1[0])) - mean[0].tanh().cpu().numpy())
-        assert not (difference > 1e-3).any(), "act and gaussian are one network in two forms: change both"
+            expected = self.gaussian(torch.ones_like(self.fc1.weight[:1]))
+        for ours, theirs in zip(gaussian(np.ones_like(w1[0])), expected, strict=True):
+            assert not (np.abs(ours - theirs[0].cpu().numpy()) > 1e-3).any(), "change both gaussians alike"
         return act
 
 
@@ -194,6 +198,16 @@ class Critic(nn.Module):
         return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)
 
 
+def reward_value(q, obs, act):
+    """Q(s, a) (batch,): the smallest of the networks', as in SAC."""
+    return q(obs, act).amin(0)
+
+
+def cost_value(qc, obs, act):
+    """Qc(s, a) (batch,): the mean over the networks, of which there is one."""
+    return qc(obs, act).mean(0)
+
+
 class ReplayBuffer:
     """Transitions in the order in which they came. Its room doubles when full; nothing is overwritten."""
 
@@ -206,7 +220,7 @@ class ReplayBuffer:
             "rewards": torch.zeros(0, device=device),
             "costs": torch.zeros(0, device=device),
             "terminals": torch.zeros(0, device=device),  # 1: the task ended: no bootstrap
-            "timeouts": torch.zeros(0, device=device),  # 1: the time limit cut the episode: bootstrap
+            "timeouts": torch.zeros(0, device=device),  # 1: the time limit cut it: not used here
         }
 
     def add(self, **transition):
@@ -246,8 +260,8 @@ class PIDLagrangian:
     f = 1 + adapt_rate (m - target) / max(m, target), within [1 - adapt_rate, 1 + adapt_rate]:
         m above the target:  kp, ki <- f kp, f ki       kd <- (1 + adapt_rate min(1, s / m)) kd
         else:                I <- f I                   each gain <- max(f gain, its first value)
-    Gains stay below max_growth times their first value. adapt_rate = 0 is plain PID, with kp = kd = 0 dual
-    ascent.
+    Gains stay below max_growth times their first value; f is 1 where the target is 0. adapt_rate = 0 is plain
+    PID, with kp = kd = 0 dual ascent. C starts at 0, so that the first d_delay updates see it rise.
     """
 
     def __init__(self, target_cost: float, kp: float, ki: float, kd: float, ema: float = 0.9,
@@ -270,7 +284,7 @@ class PIDLagrangian:
     def start(self, multiplier: float, fading_from: float | None = None) -> None:
         """Begin at `multiplier`, or at the larger `fading_from`, whose excess shrinks by ema per update.
 
-        The excess sits in P, which forgets. Without a proportional gain it stays.
+        The excess sits in P, which forgets (kp may grow meanwhile). Without a proportional gain it stays.
         """
         kp, _, _ = self.gains
         first = multiplier if fading_from is None else max(multiplier, fading_from)
@@ -338,8 +352,8 @@ def soft_targets(batch, actor, q_target, qc_target, gamma, alpha, alpha_cost):
     A terminal stops the bootstrap, a time limit does not: `terminals` is 0 there.
     """
     next_act, log_prob = actor(batch["next_observations"])
-    next_q = q_target(batch["next_observations"], next_act).amin(0) - alpha * log_prob
-    next_qc = qc_target(batch["next_observations"], next_act).mean(0) - alpha_cost * log_prob
+    next_q = reward_value(q_target, batch["next_observations"], next_act) - alpha * log_prob
+    next_qc = cost_value(qc_target, batch["next_observations"], next_act) - alpha_cost * log_prob
     discount = gamma * (1 - batch["terminals"])
     return batch["rewards"] + discount * next_q, batch["costs"] + discount * next_qc
 
@@ -357,7 +371,7 @@ def critic_loss(batch, q, qc, q_target_value, qc_target_value):
 def actor_loss(obs, actor, q, qc, alpha, lagrange_multiplier):
     """(alpha log pi - Q + lambda Qc) / (1 + lambda), Stooke et al.'s scaling, and log pi (batch,)."""
     act, log_prob = actor(obs)
-    lagrangian = q(obs, act).amin(0) - lagrange_multiplier * qc(obs, act).mean(0)
+    lagrangian = reward_value(q, obs, act) - lagrange_multiplier * cost_value(qc, obs, act)
     return (alpha * log_prob - lagrangian).mean() / (1 + lagrange_multiplier), log_prob.detach()
 
 
@@ -426,7 +440,7 @@ def main(args: Args) -> None:
     controller = PIDLagrangian(target_cost, kp, ki, kd, adapt_rate=adapt_rate, lagrange_max=args.lagrange_max)
     controller.start(args.lagrange_init)
 
-    # --- What a checkpoint holds, and --resume puts back: all that changes below must be named here ---
+    # --- What a checkpoint holds, with torch's random state; --resume puts all of it back here ---
     buffer = ReplayBuffer(task.obs_dim, task.act_dim, device)
     progress = dict(env_steps=0, episode=0, cumulative_cost=0.0, violation_regret=0.0)
     evaluations = {}
@@ -522,13 +536,13 @@ def main(args: Args) -> None:
             run.check_finite(metrics)
 
         # --- Evaluate, log, save ---
-        last_row = rows[-1] | {name: value.item() for name, value in metrics.items()} | controller.metrics()
+        last_row = rows[-1] | {name: float(value) for name, value in metrics.items()} | controller.metrics()
         passed_evaluation = env_steps // args.eval_every > steps_before // args.eval_every
         if passed_evaluation or env_steps >= args.total_timesteps:
             evaluations["after finetuning"] = common.evaluate_both_ways(
                 eval_env, actor.numpy_policy(), args.eval_episodes, args.seed)
             last_row |= evaluations["after finetuning"]
-        for row in [*rows[:-1], last_row]:
+        for row in [*rows[:-1], last_row]:  # with the multiplier that these episodes led to
             run.row(row["env_steps"], row | {"lagrange_multiplier": controller.multiplier})
         bar.set_postfix(episode_return=f"{last_row['episode_return']:.0f}",
                         cost=f"{last_row['episode_cost']:.0f}",

@@ -8,10 +8,11 @@ task are in the evidence, and the options that the task needs beyond the scripts
 dataset, to train offline, online and from scratch.
 
 A run counts as finished when results/<task>/<method>/seed<k>.csv exists: its metrics.csv, copied after it
-ended well. So an interrupted grid continues where it stopped; remove a file to run it again. A dataset that
-is missing is collected first, offline policies are trained before what starts from them. report.py turns the
-files into tables and pictures. Some methods have more seeds there than settings.csv asks for: --seeds names
-them.
+ended well. So an interrupted grid continues where it stopped; remove a file to run it again. The files that
+are shipped have five seeds for some methods of a task and fewer, or none, for others: without options this
+runs what is missing of every method, up to the seeds that settings.csv gives the task. A dataset that is
+missing is collected first, offline policies are trained before what starts from them. report.py turns the
+files into tables and pictures.
 """
 import csv
 import os

@@ -104,9 +104,9 @@ def narrow_table(runs: dict[str, list[dict]], methods: Iterable[str]) -> list[st
 
 def equal_table(runs: dict[str, list[dict]], methods: Iterable[str]) -> list[str]:
     """Methods at equal environment steps, and each until its first safe return of 95 % of the plateau."""
-    seeds_of = {name: runs[name] for name in methods if name in runs}
-    steps = min(run["env_steps"][-1] for seeds in seeds_of.values() for run in seeds)
-    target = 0.95 * plateau(runs["from-scratch"])
+    seeds_of = {name: runs[name] for name in methods if "episode_cost" in runs.get(name, [{}])[0]}
+    steps = min((run["env_steps"][-1] for seeds in seeds_of.values() for run in seeds), default=float("nan"))
+    target = 0.95 * plateau(runs["from-scratch"]) if "from-scratch" in runs else float("nan")
     header = ["method (seeds)", f"until step {steps:.0f}: return of the last 20 episodes",
               "violation regret", "episodes over the limit",
               f"until a safe return of {target:.0f}: env steps", "violation regret"]
@@ -170,7 +170,7 @@ def short_runs_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
 
 
 def stranger_table() -> list[str]:
-    """The runs from an imported policy (README), of results/imported/seed<k>.csv."""
+    """The runs from an imported policy (methods.md), of results/imported/seed<k>.csv."""
     lines = ["### A stranger's policy", "",
              "| seed | env steps | sampled return | cost | mean-action return | cost | violation regret "
              "| mean cost of the last 20 episodes | that mean is above the limit until step |",
@@ -251,7 +251,7 @@ def summary(results: dict[str, dict[str, list[dict]]]) -> str:
 
 
 def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
-    """A README's text with the tables below its marks made anew."""
+    """A page's text with the tables below its marks made anew."""
     def rows(mark: re.Match) -> str:
         what, _, methods = mark[1].partition(": ")
         kind, _, task = what.partition(" ")

@@ -12,7 +12,7 @@ drawing of its batch, without logging and progress bar, against
   matrix products  nothing but the products of the script's update, forward and backward, into memory that is
                    there before: the floor
   OSRL             its trainer on one batch that is ready, and with its DataLoader (no workers): settings of
-                   its examples, our batch size. Its CPQ and BEAR-Lag are not the same functions (README)
+                   its examples, our batch size. Its CPQ and BEAR-Lag are not the same functions (methods.md)
 """
 import contextlib
 import io

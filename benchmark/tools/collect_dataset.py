@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -68,43 +68,45 @@ def thin(costs: np.ndarray, returns: np.ndarray, max_episodes: int, rng: np.rand
 
 
 def main(args: Args) -> None:
+    args = replace(args, env_id=common.usual_name(args.env_id))
     output = Path(args.output or ROOT / "datasets" / f"{args.env_id}.hdf5")
     if min(args.timesteps, args.max_episodes, args.jobs, len(args.cost_limits)) < 1:
         common.stop("--timesteps, --max-episodes, --jobs: at least 1; --cost-limits: at least one")
     if output.is_dir() or (output.parent.exists() and not os.access(output.parent, os.W_OK)):
         common.stop(f"--output {output}: must be a file in a folder that can be written to")
     common.make_env(args.env_id)[0].close()
-    work = Path(args.work_dir) / f"{args.env_id}__seed{args.seed}"
+    settings = f"seed{args.seed}__{args.timesteps}steps__utd{args.utd:g}"
+    work = Path(args.work_dir) / f"{args.env_id}__{settings}"
     work.mkdir(parents=True, exist_ok=True)
-    setting = f"{args.timesteps}steps-utd{args.utd:g}"
-    files = [work / f"limit{limit:g}-{setting}.hdf5" for limit in args.cost_limits]
+    names = [f"limit{limit:g}" for limit in args.cost_limits]
 
     # --- Train under every limit ---
     def collect(k: int) -> int:
-        if files[k].exists():
+        dataset = work / f"{names[k]}.hdf5"
+        if dataset.exists():
             return 0
-        run_dir = files[k].with_suffix("")
+        run_dir = work / names[k]
         command = [sys.executable, str(ROOT / "marvel_sac_pid.py"), "--from-scratch", "--env-id", args.env_id,
                    "--cost-limit", str(args.cost_limits[k]), "--total-timesteps", str(args.timesteps),
                    "--utd", str(args.utd), "--alpha", "0.1", "--cost-margin", "0",
                    "--kp", "0.02", "--ki", "0.002", "--kd", "0.01",
                    "--seed", str(args.seed + k), "--eval-every", str(args.timesteps), "--eval-episodes", "5",
                    "--run-dir", str(run_dir), "--overwrite"]
-        with open(run_dir.with_suffix(".log"), "w") as log:
+        with open(work / f"{names[k]}.log", "w") as log:
             status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
         if status == 0:
-            write_dataset(files[k], *episodes_of(run_dir / "checkpoint.pt", args.env_id))
+            write_dataset(dataset, *episodes_of(run_dir / "checkpoint.pt", args.env_id))
         return status
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        for k, status in enumerate(pool.map(collect, range(len(files)))):
+        for k, status in enumerate(pool.map(collect, range(len(names)))):
             if status:
                 common.stop(f"the run under limit {args.cost_limits[k]:g} failed: see its log in {work}")
 
     # --- Thin and write ---
     parts = []
-    for file in files:
-        with h5py.File(file) as f:
+    for name in names:
+        with h5py.File(work / f"{name}.hdf5") as f:
             parts.append({key: f[key][()] for key in common.DATASET_KEYS})
     data = {key: np.concatenate([part[key] for part in parts]) for key in common.DATASET_KEYS}
     ends, returns, costs = common.episode_sums(data)

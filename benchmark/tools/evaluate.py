@@ -53,6 +53,8 @@ def load_policy(args: Args) -> tuple[gym.Env, common.Task, Callable, dict]:
     env_id = args.env_id or str(checkpoint.get("env_id"))
     if ":" in env_id and not args.env_id:  # a file must not choose what Python imports
         common.stop(f"--checkpoint {args.checkpoint}: its task is in a module; give --env-id {env_id}")
+    common.stop_unless("offline_actor" not in checkpoint,
+                       f"--checkpoint {args.checkpoint}: of PEX, whose policy chooses between two networks")
     env, task = common.make_env(env_id)
     actor = Actor(task.obs_dim, task.act_dim)
     common.check_facts(args.checkpoint, checkpoint, {

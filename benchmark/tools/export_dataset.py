@@ -52,6 +52,7 @@ def episodes_of(path: str | Path, env_id: str | None = None) -> tuple[dict[str, 
         common.stop(f"--checkpoint {path}: its task is in a module; give --env-id {checkpoint['env_id']}")
     env, task = common.make_env(env_id or checkpoint["env_id"])
     env.close()
+    common.check_facts(path, checkpoint, {"env_id": task.env_id})
     data = {key: value.numpy() for key, value in buffer.items()}
     data["rewards"] = data["rewards"] / checkpoint["reward_scale"]
     data["actions"] = task.own_actions(data["actions"])
@@ -63,7 +64,7 @@ def main(args: Args) -> None:
     output = Path(args.output)
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     common.stop_unless(folder.is_dir() and not output.is_dir() and os.access(folder, os.W_OK),
-                f"--output {output}: must be a file in a folder that can be written to")
+                       f"--output {output}: must be a file in a folder that can be written to")
     data, attributes = episodes_of(args.checkpoint, args.env_id)
     write_dataset(output, data, attributes)
     _, returns, costs = common.episode_sums(data)

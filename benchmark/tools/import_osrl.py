@@ -22,6 +22,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,9 @@ def main(args: Args) -> None:
     algorithm, dropped = check_parameters(model, state, task.obs_dim, task.act_dim)
 
     # --- Configuration ---
-    defaults, from_config = marvel_sac_pid.Args(), ["cost_limit"]
+    output = Path(args.output or f"runs/{task.env_id}__osrl__{folder.resolve().name}/checkpoint.pt")
+    defaults = marvel_sac_pid.Args()
+    from_config = ["cost_limit"]
     if algorithm != "BC":  # which has no critics
         from_config += ["gamma", "reward_scale", "cost_scale"]
     for name in from_config:
@@ -202,12 +205,13 @@ def main(args: Args) -> None:
           f"{result['length'][0]:.0f} steps; std of u {median:.2g}{'' if std else ' (median)'}, clamped to "
           f"[{low:.2g}, {high:.2g}], in OSRL to [{math.exp(-20):.1g}, {high:.2g}]")
     if median <= 1.001 * low:
-        print("  it hardly explores, and under the clamp the std cannot be trained: import it with --std 0.1")
+        again = ["--source", args.source, *(["--output", args.output] if args.output else []), "--std", "0.1"]
+        print("  it hardly explores, and under the clamp the std cannot be trained: import it with\n"
+              f"  python benchmark/tools/import_osrl.py {shlex.join(again)}")
 
     # --- Save ---
     if args.output and Path(args.output).is_dir():
         common.stop(f"--output {args.output}: is a folder")
-    output = Path(args.output or f"runs/{task.env_id}__osrl__{folder.resolve().name}/checkpoint.pt")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         common.save_checkpoint(output, {
@@ -219,10 +223,12 @@ def main(args: Args) -> None:
                 "qc": list(layout.qc), "dropped": dropped}})
     except OSError as error:
         common.stop(f"--output {output}: cannot write there ({error.strerror})")
-    options = [f"--{name.replace('_', '-')} {value:g}" for name, value in units.items()
-               if value != getattr(defaults, name)]
-    print(f"{output}: written; finetune it with\n  python marvel_sac_pid.py --env-id {task.env_id} "
-          f"--checkpoint {output} {' '.join(['--vpa-data rollouts', *options])}")
+    command = ["marvel_sac_pid.py", "--env-id", task.env_id, "--checkpoint", str(output),
+               "--vpa-data", "rollouts"]
+    for name, value in (units | {"cost_limit": config["cost_limit"]}).items():
+        if value != getattr(defaults, name):
+            command += [f"--{name.replace('_', '-')}", f"{value:g}"]
+    print(f"{output}: written; finetune it with\n  python {shlex.join(command)}")
 
 
 if __name__ == "__main__":

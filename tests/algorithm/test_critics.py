@@ -1,36 +1,18 @@
-"""The critics, their targets and losses, and the first multiplier, against numbers worked out by hand."""
-
-import copy
+"""The critics, their targets and losses, the actor's loss and the first multiplier, by hand."""
 
 import numpy as np
 import pytest
 import torch
+from tiny import BATCH, NEXT_OBS, Q_TABLE, StubActor, StubCritic, both_scripts, cost_critics
 from torch import nn
 
-from marvel_sac_pid import Actor, Critic, actor_loss, aligned_multipliers, critic_loss, soft_targets
-from offline_pretrain import cpq_targets
+from marvel_sac_pid import Actor, Critic, actor_loss, aligned_multipliers, soft_targets
 
 
-class StubActor:
-    """Twice the observation as action, and given log-densities."""
-
-    def __init__(self, log_prob):
-        self.log_prob = torch.tensor(log_prob)
-
-    def __call__(self, obs):
-        return 2 * obs, self.log_prob
-
-
-class StubCritic:
-    """A given table (n, batch), where the action is the stub actor's on the expected observations."""
-
-    def __init__(self, table, obs):
-        self.table, self.obs = torch.tensor(table), obs
-
-    def __call__(self, obs, act):
-        torch.testing.assert_close(obs, self.obs)
-        torch.testing.assert_close(act, 2 * self.obs)
-        return self.table
+@pytest.fixture(scope="module")
+def n_cost():
+    """How many cost critics there are: here all are equal, so that their mean is their maximum."""
+    return cost_critics("scratch")
 
 
 class LinearCritic(nn.Module):
@@ -44,16 +26,15 @@ class LinearCritic(nn.Module):
         return (act * (obs @ self.gradients)).sum(-1).expand(self.n, -1)
 
 
-NEXT_OBS = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-BATCH = {"observations": -NEXT_OBS, "actions": torch.zeros(4, 1), "next_observations": NEXT_OBS,
-         "rewards": torch.tensor([1.0, 2.0, 3.0, 4.0]), "costs": torch.tensor([0.0, 1.0, 0.0, 1.0]),
-         "terminals": torch.tensor([1.0, 0.0, 0.0, 0.0]), "timeouts": torch.tensor([0.0, 1.0, 0.0, 0.0])}
-
-
-def linear_copies(critic):
-    """The ensemble's members as networks of nn.Linear layers."""
+# --- Networks ---
+@pytest.mark.parametrize("n", [1, 2, 5])
+@both_scripts
+def test_critic_ensemble_is_that_many_separate_networks(script, n):
+    torch.manual_seed(0)
+    critic, obs, act = script.Critic(n, 6, 2, hidden=24), torch.randn(17, 6), torch.randn(17, 2)
+    act.requires_grad_()
     members = []
-    for k in range(len(critic.weights[0])):
+    for k in range(n):
         layers = []
         for weight, bias in zip(critic.weights, critic.biases, strict=True):
             layer = nn.Linear(weight.shape[1], weight.shape[2])
@@ -61,17 +42,8 @@ def linear_copies(critic):
             layer.bias.data.copy_(bias[k, 0])
             layers += [layer, nn.ReLU()]
         members.append(nn.Sequential(*layers[:-1]))
-    return members
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_critic_ensemble_is_that_many_separate_networks(n):
-    torch.manual_seed(0)
-    critic, obs, act = Critic(n, 6, 2, hidden=24), torch.randn(17, 6), torch.randn(17, 2, requires_grad=True)
-    members = linear_copies(critic)
     value = critic(obs, act)
     expected = torch.stack([member(torch.cat([obs, act], 1)).squeeze(1) for member in members])
-    assert value.shape == (n, 17)
     torch.testing.assert_close(value, expected)
     weight = torch.randn(n, 17)
     (act_grad,) = torch.autograd.grad((weight * expected).sum(), act, retain_graph=True)
@@ -85,24 +57,44 @@ def test_critic_ensemble_is_that_many_separate_networks(n):
             torch.testing.assert_close(b.grad[k, 0], member[2 * layer].bias.grad)
 
 
-def test_critic_starts_like_linear_layers():
+@both_scripts
+def test_critic_starts_like_linear_layers(script):
     torch.manual_seed(0)
-    critic = Critic(3, 7, 2, hidden=100)
+    critic = script.Critic(3, 7, 2, hidden=100)
     for weight, bias, fan_in in zip(critic.weights, critic.biases, (9, 100, 100), strict=True):
         bound = fan_in**-0.5
-        reference = nn.Linear(fan_in, 1000)
-        for parameter in (weight, reference.weight, reference.bias, *[bias] * (bias.numel() > 100)):
-            assert parameter.abs().max().item() == pytest.approx(bound, rel=0.02)
+        assert weight.abs().max().item() == pytest.approx(bound, rel=0.02)
         assert max(weight.abs().max(), bias.abs().max()) <= bound
-        assert weight.std().item() == pytest.approx(reference.weight.std().item(), rel=0.05)
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.07)  # of a uniform distribution
+        assert bias.numel() < 100 or bias.std().item() == pytest.approx(bound / 3**0.5, rel=0.07)
         assert abs(weight.mean().item()) < 0.15 * bound
     assert not torch.equal(critic.weights[0][0], critic.weights[0][1])
 
 
-def test_time_limit_bootstraps_and_terminal_does_not():
+@both_scripts
+def test_target_network_goes_the_share_tau_of_the_way(script):
+    torch.manual_seed(0)
+    target, network = nn.Linear(3, 2), nn.Linear(3, 2)
+    before, goal = ([p.detach().clone() for p in x.parameters()] for x in (target, network))
+    script.follow(target, network, 0.25)
+    for now, old, new, kept in zip(target.parameters(), before, goal, network.parameters(), strict=True):
+        torch.testing.assert_close(now.detach(), 0.75 * old + 0.25 * new)
+        assert torch.equal(kept, new) and not kept.grad_fn and not now.grad_fn
+    script.follow(target, network, 1.0)
+    assert all(torch.equal(now, new) for now, new in zip(target.parameters(), goal, strict=True))
+
+
+@both_scripts
+def test_value_is_the_smallest_of_the_reward_critics_and_the_mean_of_the_cost_critics(script):
+    table = StubCritic(*Q_TABLE)
+    assert script.reward_value(table, NEXT_OBS, 2 * NEXT_OBS).tolist() == [4.0, 1.0, 3.0, 7.0]
+    assert script.cost_value(table, NEXT_OBS, 2 * NEXT_OBS).tolist() == [4.5, 1.5, 4.5, 7.5]
+
+
+# --- Targets ---
+def test_time_limit_bootstraps_and_terminal_does_not(n_cost):
     """gamma 1/2, entropy weights 1/2 and 1/4, min Q = (4, 1, 3, 7), log pi = (1, -2, 1/2, -1)."""
-    q = StubCritic([[5.0, 1.0, 3.0, 8.0], [4.0, 2.0, 6.0, 7.0]], NEXT_OBS)
-    qc = StubCritic([[2.0, 4.0, 6.0, 8.0]], NEXT_OBS)
+    q, qc = StubCritic(*Q_TABLE), StubCritic(*n_cost * [[2.0, 4.0, 6.0, 8.0]])
     target, cost_target = soft_targets(BATCH, StubActor([1.0, -2.0, 0.5, -1.0]), q, qc, 0.5, 0.5, 0.25)
     assert target.tolist() == [
         1.0,  # terminal: the reward alone, without entropy
@@ -118,92 +110,80 @@ def test_time_limit_bootstraps_and_terminal_does_not():
     ]
 
 
-def test_entropy_terms_belong_to_their_own_sample():
-    zeros, ones = StubCritic([[0.0] * 4], NEXT_OBS), {**BATCH, "terminals": torch.zeros(4)}
-    plain = soft_targets(ones, StubActor([0.0] * 4), zeros, zeros, 0.5, 1.0, 1.0)
-    one = soft_targets(ones, StubActor([0.0, 0.0, 4.0, 0.0]), zeros, zeros, 0.5, 1.0, 0.5)
-    assert (one[0] - plain[0]).tolist() == [0.0, 0.0, -2.0, 0.0]
-    assert (one[1] - plain[1]).tolist() == [0.0, 0.0, -1.0, 0.0]
-
-
-def test_targets_carry_no_gradient():
+def test_targets_carry_no_gradient(n_cost):
     torch.manual_seed(0)
-    actor, q, qc = Actor(1, 1, hidden=8), Critic(2, 1, 1, hidden=8), Critic(1, 1, 1, hidden=8)
-    soft, cpq = soft_targets(BATCH, actor, q, qc, 0.9, 0.1, 0.1), cpq_targets(BATCH, actor, q, qc, 0.9, 1.0)
-    assert not any(target.requires_grad for target in (*soft, *cpq))
+    actor, q, qc = Actor(1, 1, hidden=8), Critic(2, 1, 1, hidden=8), Critic(n_cost, 1, 1, hidden=8)
+    assert not any(target.requires_grad for target in soft_targets(BATCH, actor, q, qc, 0.9, 0.1, 0.1))
 
 
-def test_cpq_masks_the_reward_bootstrap_where_the_next_cost_value_is_unsafe():
-    """gamma 1/2, threshold 5: transitions 1 and 2 lead to unsafe actions, 3 is exactly at the threshold."""
-    batch = {**BATCH, "terminals": torch.tensor([0.0, 0.0, 1.0, 0.0])}
-    q = StubCritic([[5.0, 1.0, 3.0, 8.0], [4.0, 2.0, 6.0, 7.0]], NEXT_OBS)
-    qc = StubCritic([[2.0, 6.0, 7.0, 5.0]], NEXT_OBS)
-    target, cost_target = cpq_targets(batch, StubActor([0.0] * 4), q, qc, 0.5, 5.0)
-    assert target.tolist() == [3.0, 2.0, 3.0, 7.5]  # 1 + 4/2, 2, 3, 4 + 7/2
-    assert cost_target.tolist() == [1.0, 4.0, 0.0, 3.5]  # 0 + 2/2, 1 + 6/2, terminal, 1 + 5/2
-
-
-def test_critic_loss_sums_the_mean_squared_errors_of_the_ensemble():
+# --- Losses ---
+@both_scripts
+def test_critic_loss_sums_the_mean_squared_errors_of_all_networks(script, n_cost):
     batch = {"observations": NEXT_OBS, "actions": 2 * NEXT_OBS}
-    q = StubCritic([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]], NEXT_OBS)
-    qc = StubCritic([[1.0, 1.0, 1.0, 1.0]], NEXT_OBS)
+    q = StubCritic([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0])
+    qc = StubCritic(*n_cost * [[1.0, 1.0, 1.0, 1.0]])
+    q.table.requires_grad_()
+    qc.table.requires_grad_()
     targets = torch.tensor([1.0, 1.0, 1.0, 2.0]), torch.tensor([3.0, 1.0, 1.0, 5.0])
-    q_loss, qc_loss = critic_loss(batch, q, qc, *targets)
-    assert q_loss.item() == 9 / 4 + 7 / 4  # (0 + 1 + 4 + 4) / 4 and (1 + 1 + 1 + 4) / 4
-    assert qc_loss.item() == 20 / 4  # (4 + 0 + 0 + 16) / 4
+    loss, metrics = script.critic_loss(batch, q, qc, *targets)
+    # (0 + 1 + 4 + 4) / 4 and (1 + 1 + 1 + 4) / 4 of Q, (4 + 0 + 0 + 16) / 4 of each Qc
+    expected = {"q_loss": 4.0, "qc_loss": 5.0 * n_cost, "q_mean": 1.25, "qc_mean": 2.5}
+    assert {name: metrics[name].item() for name in expected} == expected
+    assert loss.item() == 4.0 + 5.0 * n_cost
+    assert not any(value.requires_grad for value in metrics.values())
+    loss.backward()
+    assert q.table.grad.tolist() == [[0.0, 0.5, 1.0, 1.0], [-0.5, -0.5, -0.5, -1.0]]  # 2 (Q - y) / 4
+    assert qc.table.grad.tolist() == n_cost * [[-1.0, 0.0, 0.0, -2.0]]
 
 
 @pytest.mark.parametrize(("multiplier", "expected"), [
-    (0.0, -3.5),  # mean of alpha log pi is (0.5 - 1 + 0.25 - 0.5 + 1.75) / 4 = 0.25, of min Q 3.75, of Qc 5
+    (0.0, -3.5),  # mean of alpha log pi is (0.5 - 1 + 0.25 + 1.25) / 4 = 0.25, of min Q 3.75, of Qc 5
     (1.0, 0.75),  # (-3.5 + 5) / 2
     (3.0, 2.875),  # (-3.5 + 15) / 4
 ])
-def test_actor_loss_is_the_lagrangian_over_one_plus_the_multiplier(multiplier, expected):
-    q = StubCritic([[5.0, 1.0, 3.0, 8.0], [4.0, 2.0, 6.0, 7.0]], NEXT_OBS)
-    qc = StubCritic([[2.0, 4.0, 6.0, 8.0]], NEXT_OBS)
-    log_prob = [1.0, -2.0, 0.5, 2.5]  # times alpha 1/2: 0.5, -1, 0.25, 1.25
-    loss, returned = actor_loss(NEXT_OBS, StubActor(log_prob), q, qc, 0.5, multiplier)
+def test_actor_loss_is_the_lagrangian_over_one_plus_the_multiplier(n_cost, multiplier, expected):
+    log_prob = [1.0, -2.0, 0.5, 2.5]
+    loss, returned = actor_loss(NEXT_OBS, StubActor(log_prob), StubCritic(*Q_TABLE),
+                                StubCritic(*n_cost * [[2.0, 4.0, 6.0, 8.0]]), 0.5, multiplier)
     assert loss.item() == pytest.approx(expected)
     assert returned.tolist() == log_prob
 
 
-def test_actor_gradient_leaves_the_critics_gradients_alone():
-    torch.manual_seed(0)
-    actor, q, qc = Actor(3, 2, hidden=8), Critic(2, 3, 2, hidden=8), Critic(1, 3, 2, hidden=8)
-    obs = torch.randn(9, 3)
-    critic_params, actor_params = [*q.parameters(), *qc.parameters()], list(actor.parameters())
-    for parameter in critic_params:
-        parameter.grad = torch.full_like(parameter, 7.0)
-    torch.manual_seed(1)
-    actor_loss(obs, actor, q, qc, 0.1, 0.5)[0].backward(inputs=actor_params)
-    assert all((parameter.grad == 7).all() for parameter in critic_params)
-    other = copy.deepcopy(actor)
-    other.zero_grad()
-    torch.manual_seed(1)
-    actor_loss(obs, other, q, qc, 0.1, 0.5)[0].backward()
-    assert any((parameter.grad != 7).any() for parameter in critic_params)
-    for mine, full in zip(actor_params, other.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, full.grad)
+def test_actor_follows_the_gradients_of_the_smaller_q_of_qc_and_of_its_density(n_cost):
+    """log pi has slope 1, Q (2, 5) below 0 and (5, 2) above it, Qc 3; of four actions one is positive."""
+    act, log_prob = torch.tensor([[-1.0], [-2.0], [-1.0], [3.0]], requires_grad=True), torch.zeros(4)
+
+    def actor(obs):
+        return act, log_prob + act[:, 0]
+
+    def q(obs, act):
+        return torch.stack([torch.where(act < 0, 2 * act + 100, 5 * act), torch.where(act < 0, 5 * act + 200,
+                                                                                      2 * act)])[..., 0]
+
+    actor_loss(NEXT_OBS, actor, q, lambda obs, act: 3 * act.T.expand(n_cost, -1), 0.5, 0.25)[0].backward()
+    # (alpha - dQ + lambda dQc) / (1 + lambda) / 4 with dQ = 2 for every one of them
+    assert act.grad.flatten().tolist() == pytest.approx(4 * [(0.5 - 2 + 0.75) / 1.25 / 4])
 
 
+# --- First multiplier ---
 @pytest.mark.parametrize(("g1", "g2", "least_squares", "norm_ratio"), [
     ([3.0, 4.0], [0.0, 2.0], 2.0, 2.5),  # 8 / 4 and 5 / 2
     ([3.0, 4.0], [6.0, 8.0], 0.5, 0.5),  # parallel: the two agree
     ([3.0, 4.0], [-4.0, 3.0], 0.0, 1.0),  # perpendicular
     ([3.0, 4.0], [-3.0, -4.0], 0.0, 1.0),  # opposed: -1 is clipped
 ])
-def test_first_multiplier_of_known_gradients(g1, g2, least_squares, norm_ratio):
-    q, qc = LinearCritic([g1], 2), LinearCritic([g2], 1)
+def test_first_multiplier_of_known_gradients(n_cost, g1, g2, least_squares, norm_ratio):
+    q, qc = LinearCritic([g1], 2), LinearCritic([g2], n_cost)
     multipliers = aligned_multipliers(torch.ones(5, 1), Actor(1, 2, hidden=8), q, qc)
     assert multipliers == pytest.approx((least_squares, norm_ratio), abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_aligned_multiplier_minimises_the_lagrangians_gradient(seed):
+def test_aligned_multiplier_minimises_the_lagrangians_gradient(n_cost, seed):
     rng = np.random.default_rng(seed)
     g2 = rng.normal(size=(6, 3)).astype(np.float32)
     g1 = (rng.uniform(-0.5, 2) * g2 + 0.5 * rng.normal(size=(6, 3))).astype(np.float32)
-    q, qc = LinearCritic(g1, 2), LinearCritic(g2, 1)
+    q, qc = LinearCritic(g1, 2), LinearCritic(g2, n_cost)
     aligned, norm_ratio = aligned_multipliers(torch.eye(6), Actor(6, 3, hidden=8), q, qc)
     grid = np.arange(0, 4, 1e-3)
     residual = [((g1 - value * g2) ** 2).sum() for value in grid]
@@ -213,15 +193,14 @@ def test_aligned_multiplier_minimises_the_lagrangians_gradient(seed):
     assert norm_ratio >= aligned
 
 
-def test_first_multiplier_uses_the_lower_of_the_two_reward_critics():
-    class TwoSlopes(nn.Module):
-        def forward(self, obs, act):
-            return torch.stack([3 * act[:, 0] + 100, 5 * act[:, 0] - 100])
+def test_first_multiplier_uses_the_lower_of_the_two_reward_critics(n_cost):
+    def two_slopes(obs, act):
+        return torch.stack([3 * act[:, 0] + 100, 5 * act[:, 0] - 100])
 
-    actor, qc = Actor(1, 1, hidden=8), LinearCritic([[2.0]], 1)
-    assert aligned_multipliers(torch.ones(5, 1), actor, TwoSlopes(), qc) == pytest.approx((2.5, 2.5))
+    actor, qc = Actor(1, 1, hidden=8), LinearCritic([[2.0]], n_cost)
+    assert aligned_multipliers(torch.ones(5, 1), actor, two_slopes, qc) == pytest.approx((2.5, 2.5))
 
 
-def test_first_multiplier_is_finite_where_the_cost_critic_is_flat():
-    q, qc = LinearCritic([[1.0]], 2), LinearCritic([[0.0]], 1)
+def test_first_multiplier_is_finite_where_the_cost_critic_is_flat(n_cost):
+    q, qc = LinearCritic([[1.0]], 2), LinearCritic([[0.0]], n_cost)
     assert np.isfinite(aligned_multipliers(torch.ones(5, 1), Actor(1, 1, hidden=8), q, qc)).all()

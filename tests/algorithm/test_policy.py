@@ -1,157 +1,127 @@
-"""The squashed Gaussian policy: its density, its gradient, and its numpy form."""
+"""The squashed Gaussian policy: its samples, their density, the gradients, and its numpy form."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
+from tiny import both_scripts, constant_actor
 
-from marvel_sac_pid import Actor
-
-
-def constant_policy(mean, log_std):
-    """A policy whose u ~ N(mean, exp(log_std)^2) in every state."""
-    actor = Actor(1, len(mean), hidden=4)
-    with torch.no_grad():
-        actor.head.weight.zero_()
-        actor.head.bias.copy_(torch.tensor([*mean, *log_std]))
-    return actor
+pytestmark = both_scripts
 
 
-def at_noise(monkeypatch, actor, noise):
-    """Actions and log-densities where the policy draws exactly `noise` (batch, act_dim)."""
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "randn_like", lambda mean: noise.to(mean.dtype))
-        return actor(torch.zeros(len(noise), 1, dtype=next(actor.parameters()).dtype))
+def draw(script, mean, log_std, n):
+    """Actions (n, act_dim) and log-densities (n,) of a policy that is the same in every state, in doubles."""
+    torch.manual_seed(0)
+    actor = constant_actor(script, mean, log_std).double()
+    return actor, *actor(torch.zeros(n, 1, dtype=torch.double))
 
 
-def density_on_a_grid(monkeypatch, mean, log_std):
-    """Increasing actions and the policy's density there, in double precision."""
-    actor = constant_policy([mean], [log_std]).double()
-    with torch.no_grad():
-        noise = torch.linspace(-9, 9, 20_001, dtype=torch.double)
-        action, log_prob = at_noise(monkeypatch, actor, noise[:, None])
-    return action.squeeze(1).numpy(), log_prob.exp().numpy()
-
-
-def trapezium(y, x):
-    return ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum()
-
-
-@pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.7, -1.0), (-2.0, 0.5), (0.3, 1.0), (1.5, -5.0)])
-def test_density_integrates_to_one_over_the_actions(monkeypatch, mean, log_std):
-    action, density = density_on_a_grid(monkeypatch, mean, log_std)
-    assert trapezium(density, action) == pytest.approx(1, abs=1e-4)
+def test_log_prob_is_that_of_the_action_it_comes_with(script):
+    """log pi(a) = sum of log N(atanh a; mean, std) - log(1 - a^2) over the dimensions."""
+    mean, log_std = [0.7, -2.0, 0.0], [-1.0, 0.5, -3.0]
+    _, action, log_prob = draw(script, mean, log_std, 1000)
+    a = action.detach().numpy()
+    exact = norm.logpdf(np.arctanh(a), mean, np.exp(log_std)) - np.log1p(-(a**2))
+    assert log_prob.shape == (1000,)
+    np.testing.assert_allclose(log_prob.detach(), exact.sum(1), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.7, -1.0), (-1.0, 0.5)])
-def test_density_of_an_interval_is_the_frequency_of_its_samples(monkeypatch, mean, log_std):
-    action, density = density_on_a_grid(monkeypatch, mean, log_std)
-    torch.manual_seed(0)
-    n = 40_000
-    with torch.no_grad():
-        samples = constant_policy([mean], [log_std])(torch.zeros(n, 1))[0].squeeze(1).numpy()
+def test_density_integrates_to_the_probability_of_an_interval(script, mean, log_std):
+    _, action, log_prob = draw(script, [mean], [log_std], 40_000)
+    action, order = action.detach().squeeze(1).sort()
+    density = log_prob.detach().exp()[order]
     for low, high in [(-0.99, -0.5), (-0.5, 0.1), (0.1, 0.6), (0.6, 0.99)]:
         inside = (action >= low) & (action <= high)
-        probability = trapezium(density[inside], action[inside])
-        u_low, u_high = np.arctanh([low, high])
-        exact = np.diff(norm.cdf([u_low, u_high], mean, np.exp(log_std)))[0]
-        assert probability == pytest.approx(exact, abs=2e-3)
-        frequency = ((samples >= low) & (samples <= high)).mean()
-        assert frequency == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / n))
+        integral = torch.trapezoid(density[inside], action[inside])
+        exact = np.diff(norm.cdf(np.arctanh([low, high]), mean, np.exp(log_std)))[0]
+        assert integral.item() == pytest.approx(exact, abs=2e-3)
 
 
-def test_log_prob_of_a_vector_is_the_sum_over_its_dimensions(monkeypatch):
-    noise = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
-    mean, log_std = [0.5, -1.0, 0.0], [0.3, -1.0, -2.0]
-    action, log_prob = at_noise(monkeypatch, constant_policy(mean, log_std), noise)
-    parts = [at_noise(monkeypatch, constant_policy([mean[k]], [log_std[k]]), noise[:, [k]]) for k in range(3)]
-    torch.testing.assert_close(action, torch.cat([part[0] for part in parts], 1))
-    torch.testing.assert_close(log_prob, sum(part[1] for part in parts))
-
-
-@pytest.mark.parametrize("u", [-20.0, -19.5, -5.0, 5.0, 20.0])
-def test_log_prob_is_exact_and_differentiable_far_in_the_tails(monkeypatch, u):
-    actor = constant_policy([0.0], [1.0])
-    _, log_prob = at_noise(monkeypatch, actor, torch.tensor([[u / np.exp(1.0)]]))
-    exact = norm.logpdf(u, 0, np.exp(1.0)) + 2 * np.log(np.cosh(u))  # 1 - tanh^2 = 1 / cosh^2
-    assert log_prob.item() == pytest.approx(exact, rel=1e-5)
-    log_prob.sum().backward()
-    assert torch.isfinite(actor.head.bias.grad).all()
-
-
-@pytest.mark.parametrize("noise", [-1.5, 0.4])
-def test_action_carries_the_reparameterised_gradient(monkeypatch, noise):
-    actor, std = constant_policy([0.3], [-0.5]), np.exp(-0.5)
-    action, _ = at_noise(monkeypatch, actor, torch.tensor([[noise]]))
-    action.sum().backward()
-    u, step = 0.3 + std * noise, 1e-6
-    slope = (np.tanh(u + step) - np.tanh(u - step)) / (2 * step)
-    np.testing.assert_allclose(actor.head.bias.grad, [slope, slope * std * noise], rtol=1e-4)
-
-
-def test_gradient_of_the_expected_log_prob_is_that_of_the_negative_entropy():
-    """Against finite differences of a quadrature: more entropy is a wider policy."""
+@pytest.mark.parametrize(("mean", "log_std"), [(0.8, -0.7), (20.0, -4.0), (-20.0, -4.0)])
+def test_entropy_and_its_gradient_are_exact_in_float32_far_in_the_tails_too(script, mean, log_std):
+    """Against a quadrature and its finite differences; there 1 - tanh(u)^2 = 1 / cosh(u)^2 rounds to 0."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(100)
 
     def negative_entropy(mean, log_std):
         u = mean + np.exp(log_std) * nodes
-        log_prob = norm.logpdf(u, mean, np.exp(log_std)) + 2 * np.log(np.cosh(u))
+        log_prob = norm.logpdf(u, mean, np.exp(log_std)) + 2 * (np.logaddexp(u, -u) - np.log(2))
         return (log_prob * weights).sum() / weights.sum()
 
-    mean, log_std, step = 0.8, -0.7, 1e-4
-    exact = [(negative_entropy(mean + step, log_std) - negative_entropy(mean - step, log_std)) / (2 * step),
-             (negative_entropy(mean, log_std + step) - negative_entropy(mean, log_std - step)) / (2 * step)]
-    assert exact[1] < -0.1
+    step = 1e-4
+    slopes = [negative_entropy(mean + step, log_std) - negative_entropy(mean - step, log_std),
+              negative_entropy(mean, log_std + step) - negative_entropy(mean, log_std - step)]
     torch.manual_seed(0)
-    actor = constant_policy([mean], [log_std])
-    actor(torch.zeros(100_000, 1))[1].mean().backward()
-    np.testing.assert_allclose(actor.head.bias.grad, exact, atol=0.02)
+    actor = constant_actor(script, [mean], [log_std])
+    value = actor(torch.zeros(100_000, 1))[1].mean()
+    value.backward()
+    assert value.item() == pytest.approx(negative_entropy(mean, log_std), abs=0.02)
+    np.testing.assert_allclose(actor.head.bias.grad, np.array(slopes) / (2 * step), atol=0.02)
 
 
-def test_numpy_policy_gives_torchs_mean_action():
+def test_action_carries_the_reparameterised_gradient(script):
+    """With a = tanh(mean + std noise): da/dmean = 1 - a^2, da/dlog_std = (1 - a^2) (u - mean)."""
+    actor, action, _ = draw(script, [0.3], [-0.5], 5)
+    weight = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0], dtype=torch.double)
+    (weight * action.squeeze(1)).sum().backward()
+    a = action.detach().squeeze(1)
+    slope = weight * (1 - a**2)
+    expected = torch.stack([slope.sum(), (slope * (a.atanh() - 0.3)).sum()])
+    torch.testing.assert_close(actor.head.bias.grad, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+@pytest.mark.parametrize(("log_std", "used"), [((-0.5, 0.2), (-0.5, 0.2)), ((-10.0, 10.0), (-5.0, 2.0))],
+                         ids=["inside", "beyond the clamp"])
+def test_samples_have_the_distribution(script, form, log_std, used):
+    mean, n = np.array([0.4, -0.8]), 20_000
+    if form == "torch":
+        torch.manual_seed(0)
+        with torch.no_grad():
+            actions = constant_actor(script, mean, log_std)(torch.zeros(n, 1))[0].numpy()
+    else:
+        policy, rng = constant_actor(script, mean, log_std).numpy_policy(), np.random.default_rng(0)
+        actions = np.stack([policy(np.zeros(1, np.float32), rng) for _ in range(n)])
+    for p in (0.2, 0.35, 0.5, 0.65, 0.8):
+        bound = np.tanh(mean + np.exp(used) * norm.ppf(p))
+        np.testing.assert_allclose((actions < bound).mean(0), p, atol=5 * np.sqrt(p * (1 - p) / n))
+    assert abs(np.corrcoef(actions.T)[0, 1]) < 0.04
+
+
+def test_numpy_policy_gives_torchs_mean_action_and_follows_every_update(script):
     torch.manual_seed(0)
-    actor, obs = Actor(5, 3, hidden=32), 3 * torch.randn(50, 5)
+    actor, obs = script.Actor(5, 3, hidden=32), 3 * torch.randn(50, 5)
     policy = actor.numpy_policy()
-    with torch.no_grad():
-        expected = actor.gaussian(obs)[0].tanh().numpy()
-    actions = np.stack([policy(row) for row in obs.numpy()])
-    assert actions.dtype == np.float32
-    np.testing.assert_allclose(actions, expected, atol=1e-5)
 
+    def check():
+        actions = np.stack([policy(row) for row in obs.numpy()])
+        assert actions.dtype == np.float32
+        with torch.no_grad():
+            np.testing.assert_allclose(actions, actor.gaussian(obs)[0].tanh(), atol=1e-5)
+        return actions
 
-@pytest.mark.parametrize("log_std", [[-0.5, 0.2], [-10.0, 10.0]], ids=["inside", "beyond the clamp"])
-def test_numpy_policy_samples_torchs_distribution(log_std):
-    actor, n = constant_policy([0.4, -0.8], log_std), 20_000
-    policy, rng, obs = actor.numpy_policy(), np.random.default_rng(0), np.zeros(1, np.float32)
-    actions = np.stack([policy(obs, rng) for _ in range(n)])
-    torch.manual_seed(0)
-    with torch.no_grad():
-        expected = actor(torch.zeros(n, 1))[0].numpy()
-    std = expected.std(0)
-    np.testing.assert_array_less(abs(actions.mean(0) - expected.mean(0)), 5 * std * np.sqrt(2 / n))
-    np.testing.assert_allclose(actions.std(0), std, rtol=0.04)
-    for bound in (-0.9, -0.3, 0.4, 0.9):
-        np.testing.assert_allclose((actions < bound).mean(0), (expected < bound).mean(0), atol=0.02)
-
-
-def test_numpy_policy_follows_the_parameters_on_the_cpu():
-    torch.manual_seed(0)
-    actor, obs = Actor(4, 2, hidden=16), torch.randn(1, 4)
-    policy = actor.numpy_policy()
-    before = policy(obs[0].numpy())
+    before = check()
     optimizer = torch.optim.Adam(actor.parameters(), 0.01, fused=True)
     actor(obs)[0].sum().backward()
     optimizer.step()
-    after = policy(obs[0].numpy())
-    assert abs(after - before).max() > 1e-3
-    np.testing.assert_allclose(after, actor.gaussian(obs)[0].tanh()[0].detach(), atol=1e-5)
-    other = Actor(4, 2, hidden=16)
-    actor.load_state_dict(other.state_dict())
-    np.testing.assert_allclose(policy(obs[0].numpy()), other.gaussian(obs)[0].tanh()[0].detach(), atol=1e-5)
+    after = check()
+    actor.load_state_dict(script.Actor(5, 3, hidden=32).state_dict())
+    assert abs(after - before).max() > 1e-3 < abs(check() - after).max()
 
 
-def test_numpy_policy_repeats_with_the_generators_seed():
-    policy, obs = Actor(4, 2, hidden=16).numpy_policy(), np.ones(4, np.float32)
+def test_numpy_policy_repeats_with_the_generators_seed(script):
+    policy, obs = script.Actor(4, 2, hidden=16).numpy_policy(), np.ones(4, np.float32)
     first, again, other = (policy(obs, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).all()
+
+
+def test_network_that_is_changed_in_one_form_only_is_refused(script):
+    torch.manual_seed(0)
+    actor = script.Actor(4, 2).requires_grad_(False)
+    mean, log_std = actor.gaussian(torch.ones(1, 4))
+    activation = actor.head(actor.fc2(actor.fc1(torch.ones(1, 4)).tanh()).tanh()).chunk(2, -1)
+    for changed in (mean + 0.1, log_std), (mean, log_std - 0.1), activation:
+        actor.gaussian = lambda obs, changed=changed: changed
+        with pytest.raises(AssertionError):
+            actor.numpy_policy()

@@ -4,7 +4,6 @@ import dsrl
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import played
 
 import common
 from benchmark.tools.curves import read_metrics
@@ -41,13 +40,13 @@ TASKS = {
 def play(env, seed, steps):
     """Up to `steps` uniform actions: observations, rewards and costs as one array, and the last two flags."""
     rng, rows, terminated, truncated = np.random.default_rng(seed), [], False, False
-    obs = common.reset_env(env, seed)
-    assert obs.dtype == np.float32 and obs.shape == env.observation_space.shape
+    obs, _ = env.reset(seed=seed)
     while not (terminated or truncated) and len(rows) < steps:
         action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
         next_obs, reward, terminated, truncated, info = env.step(action)
-        rows.append([*obs, float(reward), float(info["cost"])])
-        obs = next_obs.astype(np.float32)
+        assert obs.dtype == np.float32 and obs.shape == env.observation_space.shape
+        rows.append([*obs, reward, info["cost"]])
+        obs = next_obs
     rows.append([*obs, 0.0, 0.0])
     return np.array(rows), terminated, truncated
 
@@ -84,18 +83,31 @@ def test_task_steps_repeats_with_its_seed_and_ends_where_it_should(env_id):
     env.close()
 
 
-@pytest.mark.parametrize("name", [name for name in dsrl.infos.DATASET_URLS if name[0].isupper()])
-def test_every_task_of_dsrl_is_there_by_both_of_its_ids(name):
+def test_every_task_of_dsrl_is_there_by_both_of_its_ids():
     import bullet_safety_gym  # noqa: F401  (registers its tasks)
 
-    version = "v1" if name.endswith("Velocity") else "v0"
-    ids = [f"Safety{name}-{version}", f"Safety{name}Gymnasium-{version}"]
-    bullet = name.startswith(("Ball", "Drone")) or name in ("CarRun", "CarCircle", "AntRun", "AntCircle")
-    for env_id in ids[: 1 if bullet else 2]:
-        assert gym.registry[env_id].max_episode_steps == dsrl.infos.DEFAULT_MAX_EPISODE_STEPS[name]
+    names = [name for name in dsrl.infos.DATASET_URLS if name[0].isupper()]
+    for name in names:
+        version = "v1" if name.endswith("Velocity") else "v0"
+        ids = [f"Safety{name}-{version}", f"Safety{name}Gymnasium-{version}"]
+        bullet = name.startswith(("Ball", "Drone")) or name in ("CarRun", "CarCircle", "AntRun", "AntCircle")
+        for env_id in ids[:1 if bullet else 2]:
+            assert gym.registry[env_id].max_episode_steps == dsrl.infos.DEFAULT_MAX_EPISODE_STEPS[name]
+    assert len(names) == 29
+
+
+@pytest.mark.parametrize(("given", "usual"), [
+    ("OfflineBallCircle-v0", "SafetyBallCircle-v0"), ("bullet_safety_gym:SafetyCarRun-v0", "SafetyCarRun-v0"),
+    ("safety_gymnasium:SafetyPointGoal1-v0", "SafetyPointGoal1-v0")])
+def test_other_names_of_a_task_are_one_task(given, usual):
+    env, task = common.make_env(given)
+    env.close()
+    assert task.env_id == usual
+    assert common.Run(Args(env_id=given), "x", ()).config["env_id"] == usual
 
 
 @pytest.mark.parametrize(("env_id", "file", "low", "high"), [
+    ("SafetyBallCircle-v0", "SafetyBallCircle-v0-80-886.hdf5", 0.38, 881.46),
     ("SafetyCarRun-v0", "SafetyCarRun-v0-40-651.hdf5", 204.29, 574.65),
     ("SafetyHopperVelocity-v1", "SafetyHopperVelocityGymnasium-v1-250-2240.hdf5", 37.05, 1911.4),
     ("SafetyPointGoal1-v0", "SafetyPointGoal1Gymnasium-v0-100-2022.hdf5", 0.01, 30.07),
@@ -118,8 +130,8 @@ def test_training_from_scratch_runs_on_every_family(env_id, ends_early, tmp_path
     metrics = read_metrics(tmp_path / "run/metrics.csv")
     for name in "episode_return", "episode_cost", "normalized_return", "q_loss", "eval_mean_return":
         assert np.isfinite(metrics[name]).all()
-    obs_dim, act_dim, limit, _ = TASKS.get(env_id, (28, 2, 500, ""))
-    data = played(tmp_path / "run", common.Task(env_id, obs_dim, act_dim, limit))
+    data = common.load_checkpoint(tmp_path / "run/checkpoint.pt")["buffer"]
+    limit = common.make_env(env_id)[1].max_episode_steps
     assert len(data["rewards"]) == metrics["env_steps"][-1]
     assert float(data["costs"].sum()) == pytest.approx(metrics["episode_cost"][0])
     assert (float(data["terminals"][-1]), float(data["timeouts"][-1])) == (ends_early, not ends_early)

@@ -1,159 +1,136 @@
 """Numbers in a log can be believed: nothing that watches a run changes it, and what is not finite ends it."""
 
-import contextlib
-import io
+import csv
 import re
-import subprocess
-import sys
-import warnings
+import types
 from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_MARVEL, TINY_OFFLINE, command_line, parameters, same
+from small import assert_same_end, begin, end, equal, kinds, run, saved
 from tqdm import tqdm
 
 import common
-import marvel_sac_pid
-import offline_pretrain
-from benchmark import curves
-from benchmark.curves import read_metrics
+from benchmark.tools.curves import read_metrics
 
-NETWORKS = ("actor", "q", "qc", "q_target", "qc_target")
-TINY = {"offline": (offline_pretrain, TINY_OFFLINE), "online": (marvel_sac_pid, TINY_MARVEL)}
+TRAINED = ("actor", "q", "qc", "q_target", "qc_target", "actor_optimizer", "critic_optimizer", "torch_rng")
+EVERY_KIND = ("cpq", "bear_lag", "bc_safe", "marvel", "rollouts", "from scratch", "jsrl", "pex", "so2")
 
 
 @pytest.fixture(scope="module")
-def offline(ball_file, tmp_path_factory):
-    """The checkpoint of a tiny offline run."""
-    folder = tmp_path_factory.mktemp("runs") / "offline"
-    offline_pretrain.main(offline_pretrain.Args(
-        **TINY_OFFLINE, dataset_path=str(ball_file), run_dir=str(folder)))
-    return folder / "checkpoint.pt"
+def settings(tmp_path_factory):
+    """Script and options of every kind of run."""
+    return kinds(tmp_path_factory.mktemp("start"))
 
 
 @pytest.fixture
-def train(tmp_path, ball_file, offline):
-    """train(kind, folder, **options): the checkpoint of a tiny run of either script."""
-    def run(kind, folder, **options):
-        script, tiny = TINY[kind]
-        start = {"checkpoint": str(offline)} if kind == "online" else {}
-        script.main(script.Args(**{**tiny, **start, "dataset_path": str(ball_file),
-                                   "run_dir": str(tmp_path / folder), **options}))
-        return common.load_checkpoint(tmp_path / folder / "checkpoint.pt")
+def train(tmp_path, settings):
+    """train(kind, folder, **options): the checkpoint of a small run in this process."""
+    def call(kind, folder="run", **options):
+        script, small = settings[kind]
+        script.main(script.Args(**{**small, "run_dir": str(tmp_path / folder), **options}))
+        return saved(tmp_path / folder)
 
-    return run
-
-
-def weights(checkpoint):
-    return parameters({name: checkpoint[name] for name in NETWORKS})
-
-
-def training_columns(folder):
-    """metrics.csv without the evaluations, as text."""
-    lines = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines()]
-    kept = [k for k, name in enumerate(lines[0]) if not name.startswith("eval_")]
-    return [[line[k] for k in kept] for line in lines]
+    return call
 
 
 # --- Watching changes nothing ---
-@pytest.mark.parametrize("kind", TINY)
-@pytest.mark.parametrize("option", [{"eval_every": 7}, {"eval_episodes": 4}, {"checkpoint_every": 1}])
-def test_evaluating_and_saving_more_often_changes_nothing_of_the_training(tmp_path, train, kind, option):
-    plain, watched = train(kind, "plain", checkpoint_every=10**6), train(kind, "watched", **option)
-    assert same(weights(plain), weights(watched))
-    assert torch.equal(plain["torch_rng"], watched["torch_rng"])
-    if kind == "online":
-        assert plain["rng"] == watched["rng"] and plain["count"] == watched["count"]
-        assert training_columns(tmp_path / "plain") == training_columns(tmp_path / "watched")
-
-
-@pytest.mark.parametrize("kind", TINY)
-def test_training_is_the_same_without_any_evaluation(monkeypatch, train, kind):
-    watched, nothing = train(kind, "watched"), np.zeros(1)
-    monkeypatch.setattr(common, "evaluate", lambda *_: dict.fromkeys(("return", "cost", "length"), nothing))
-    assert same(weights(watched), weights(train(kind, "plain")))
-
-
-@pytest.mark.parametrize("kind", TINY)
-def test_logging_progress_and_plotting_change_nothing_of_the_training(monkeypatch, tmp_path, train, kind):
-    script, _ = TINY[kind]
-    shown = io.StringIO()
-    with contextlib.redirect_stderr(shown):
-        watched = train(kind, "watched")
-    assert "100%" in shown.getvalue()
-    monkeypatch.setattr(common.Run, "row", lambda *_, **__: None)
+@pytest.mark.parametrize("kind", ["cpq", "marvel"])
+def test_evaluating_logging_and_saving_change_nothing_of_the_training(
+        tmp_path, settings, train, monkeypatch, kind):
+    plain = train(kind, "plain", checkpoint_every=10**6, eval_every=10**6)
+    watched = train(kind, "watched", checkpoint_every=1, eval_every=7, eval_episodes=4)
+    script, _ = settings[kind]
+    monkeypatch.setattr(common, "evaluate_both_ways", lambda *_: {
+        "eval_sampled_return": 0.0, "eval_sampled_cost": 0.0})
+    monkeypatch.setattr(common.Run, "row", lambda *_: None)
+    monkeypatch.setattr(common.Run, "scalars", lambda *_: None)
     monkeypatch.setattr(script, "tqdm", partial(tqdm, disable=True))
-    silent = train(kind, "silent")
-    assert same(weights(watched), weights(silent))
-    state = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    curves.main(curves.Args(run_dir=str(tmp_path / "watched")))
-    assert torch.equal(state[0], torch.get_rng_state()) and state[1] == np.random.get_state()[1].tolist()
+    unseen = train(kind, "unseen")
+    for other in watched, unseen:
+        assert [name for name in TRAINED if not equal(plain[name], other[name])] == []
+    if kind == "marvel":
+        names = [name for name in script.COLUMNS if not name.startswith("eval_")]
+        one, other = (read_metrics(tmp_path / folder / "metrics.csv") for folder in ("plain", "watched"))
+        assert all(np.array_equal(one[name], other[name], equal_nan=True) for name in names)
+        assert np.isfinite(one["eval_mean_cost"]).sum() < np.isfinite(other["eval_mean_cost"]).sum()
 
 
-def test_same_seed_gives_the_same_files_alone_and_beside_other_runs(tmp_path, ball_file, offline):
-    options = command_line({**TINY_MARVEL, "checkpoint": offline, "dataset_path": ball_file})
-    command = [sys.executable, str(ROOT / "marvel_sac_pid.py"), *options, "--run-dir"]
-
-    def start(folder):
-        return subprocess.Popen([*command, folder], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL)
-
-    assert start("alone").wait(120) == 0
-    beside = [start(f"beside{k}") for k in range(3)]
-    assert [process.wait(120) for process in beside] == [0, 0, 0]
-    alone = common.load_checkpoint(tmp_path / "alone/checkpoint.pt")
-    for k in range(3):
-        folder = tmp_path / f"beside{k}"
-        assert (folder / "metrics.csv").read_bytes() == (tmp_path / "alone/metrics.csv").read_bytes()
-        assert same(weights(common.load_checkpoint(folder / "checkpoint.pt")), weights(alone))
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_same_seed_gives_the_same_files_alone_and_beside_other_runs(tmp_path, settings, kind):
+    script, options = settings[kind]
+    assert run(script, tmp_path / "alone", **options)[0] == 0
+    beside = [begin(script, tmp_path / f"beside{seed}", **{**options, "seed": seed}) for seed in (0, 1)]
+    assert [end(*child)[0] for child in beside] == [0, 0]
+    assert_same_end(tmp_path / "beside0", tmp_path / "alone")
+    alone, other = ((tmp_path / name / "metrics.csv").read_bytes() for name in ("alone", "beside1"))
+    assert alone != other
 
 
 # --- What is not finite ---
-def poison_loss(monkeypatch, script, name, call, value):
-    """The `call`-th result of the script's function `name` has the first number replaced by `value`."""
+def poison(monkeypatch, script, name, call, value):
+    """From its `call`-th call on, the script's function gives a loss times `value`."""
     original, calls = getattr(script, name), []
 
     def poisoned(*arguments):
         calls.append(1)
         result = original(*arguments)
-        return (result[0] * value, *result[1:]) if len(calls) == call else result
+        if len(calls) < call:
+            return result
+        if not isinstance(result, tuple):
+            return result * value
+        loss, *others = result
+        others = [{key: loss_ * value for key, loss_ in other.items()} if isinstance(other, dict) else other
+                  for other in others]
+        return (loss * value, *others)
 
     monkeypatch.setattr(script, name, poisoned)
 
 
-def ending(main, args):
-    """Exit status and the error lines of a run."""
-    stderr = io.StringIO()
-    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as stopped, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        main(args)
-    return stopped.value.code, re.findall("error: .*", stderr.getvalue())  # amid the progress bars
+def one_line(capsys, function, *arguments, **options):
+    """Exit status and the error line of a run, without a traceback."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        function(*arguments, **options)
+    (line,) = re.findall("error: .*", capsys.readouterr().err)  # amid the progress bars
+    return stopped.value.code, line
 
 
-@pytest.mark.parametrize(("kind", "function", "call", "named", "step"), [
-    ("offline", "critic_loss", 35, "critic loss", 34), ("offline", "actor_loss", 35, "actor loss", 34),
-    ("online", "critic_loss", 21, "critic loss", 20), ("online", "actor_loss", 3, "actor loss", 30 + 200)])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_loss_that_is_not_finite_ends_the_run_before_it_is_learned_from(
-        tmp_path, monkeypatch, ball_file, offline, kind, function, call, named, step, value):
-    script, tiny = TINY[kind]
-    poison_loss(monkeypatch, script, function, call, value)
-    start = {"checkpoint": str(offline)} if kind == "online" else {}
-    status, (line,) = ending(script.main, script.Args(**{
-        **tiny, **start, "dataset_path": str(ball_file), "checkpoint_every": 10,
-        "run_dir": str(tmp_path / "x")}))
-    saved = common.load_checkpoint(tmp_path / "x/checkpoint.pt")
-    assert status == 1
-    assert f"{named} is not finite at step {step}" in line and str(tmp_path / "x") in line
-    assert line.endswith(f"the last good checkpoint is of step {saved['step']}") and 0 < saved["step"] <= step
-    assert all(np.isfinite(value).all() for value in weights(saved).values())
-    assert "nan" not in (tmp_path / "x/metrics.csv").read_text()
+def assert_all_that_is_there_is_good(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        written = [value for row in csv.DictReader(file) for name, value in row.items()
+                   if value and name != "normalized_return"]  # for which this task has no reference
+    assert np.isfinite(np.array(written, float)).all()
+    content = saved(folder)
+    for network in "actor", "new_actor", "q", "qc", "vae":
+        assert all(np.isfinite(weights.numpy()).all() for weights in content.get(network, {}).values())
 
 
-def test_gradient_that_is_not_finite_ends_the_run_though_the_loss_is(tmp_path, monkeypatch, ball_file):
+@pytest.mark.parametrize(("kind", "function", "call", "where"), [
+    ("cpq", "critic_loss", 19, "update_steps 19"), ("cpq", "actor_loss", 19, "update_steps 19"),
+    ("bear_lag", "critic_loss", 19, "update_steps 19"), ("bear_lag", "bear_loss", 19, "update_steps 19"),
+    ("bc_safe", "log_likelihood", 19, "update_steps 19"),
+    ("marvel", "critic_loss", 17, "vpa_steps 17, env_steps 0"),
+    ("marvel", "critic_loss", 40, "vpa_steps 20, env_steps 1[0-9]+"),
+    ("marvel", "actor_loss", 20, "vpa_steps 20, env_steps 1[0-9]+"),
+    ("rollouts", "critic_loss", 5, "vpa_steps 5, env_steps [5-6][0-9]"),
+    ("from scratch", "critic_loss", 15, "env_steps [0-9]+"), ("jsrl", "critic_loss", 15, "env_steps [0-9]+"),
+    ("pex", "critic_loss", 15, "env_steps [0-9]+"), ("so2", "critic_loss", 30, "env_steps [0-9]+")])
+def test_loss_that_is_not_finite_ends_the_run_before_it_is_logged_or_saved(
+        tmp_path, monkeypatch, capsys, settings, train, kind, function, call, where):
+    script, _ = settings[kind]
+    poison(monkeypatch, script, function, call, float("inf" if function == "actor_loss" else "nan"))
+    status, line = one_line(capsys, train, kind)
+    assert status == 1 and str(tmp_path / "run") in line
+    assert re.search(f"(_loss|_mean|_qc) is not finite at (vpa_steps 0, )?{where}; the last good", line), line
+    assert re.search("checkpoint is of step [1-9]", line)
+    assert_all_that_is_there_is_good(tmp_path / "run")
+
+
+def test_gradient_that_is_not_finite_ends_the_run_though_the_loss_is(
+        tmp_path, monkeypatch, capsys, settings, train):
     class Spike(torch.autograd.Function):
         """The identity, with an infinite derivative."""
 
@@ -165,151 +142,57 @@ def test_gradient_that_is_not_finite_ends_the_run_though_the_loss_is(tmp_path, m
         def backward(ctx, gradient):
             return gradient * float("inf")
 
-    original, calls = offline_pretrain.log_likelihood, []
+    script, _ = settings["bc_safe"]
+    original, calls = script.log_likelihood, []
 
     def spiked(*arguments):
         calls.append(1)
         result = original(*arguments)
-        return Spike.apply(result) if len(calls) == 12 else result
+        return Spike.apply(result) if len(calls) == 14 else result  # a checkpoint is due after that update
 
-    monkeypatch.setattr(offline_pretrain, "log_likelihood", spiked)
-    status, (line,) = ending(offline_pretrain.main, offline_pretrain.Args(**{
-        **TINY_OFFLINE, "dataset_path": str(ball_file), "run_dir": str(tmp_path / "x"), "checkpoint_every": 5,
-        "algo": "bc-safe", "cost_limit": 300.0}))
-    assert (status, "actor gradient is not finite at step 11" in line) == (1, True)
-    assert line.endswith("of step 10")
-
-
-class OnGpu(torch.Tensor):
-    """Passes for a tensor on a GPU, and counts how often it, or what was computed from it, is waited for."""
-
-    is_cuda, waits = True, 0
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        cls.waits += function.__name__ in ("__float__", "__bool__", "item")
-        return super().__torch_function__(function, types, args, kwargs or {})
+    monkeypatch.setattr(script, "log_likelihood", spiked)
+    status, line = one_line(capsys, train, "bc_safe")
+    assert status == 1 and "actor, actor_optimizer is not finite at update_steps 14" in line
+    assert line.endswith("of step 7")
+    assert_all_that_is_there_is_good(tmp_path / "run")
 
 
-@pytest.mark.parametrize("ending_by", ["row", "checkpoint"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_gpu_is_not_waited_for_until_something_is_logged_or_saved(tmp_path, ending_by, value):
-    args = marvel_sac_pid.Args(run_dir=str(tmp_path / "x"), checkpoint_every=10)
-    run = common.Run(args, "x", ["q_loss"])
-    for run.step in range(1, 11):
-        run.check_finite(**{"critic loss": torch.tensor(1.0, requires_grad=True).as_subclass(OnGpu)})
-    assert run.gpu["critic loss"].grad_fn is None  # or the graph of every step would be kept
-    OnGpu.waits = 0
-    run.row(10, {"q_loss": 1.0})
-    run.checkpoint(dict)
-    assert OnGpu.waits == 2 and run.saved_at == 10
-    before = {file: file.read_bytes() for file in (run.dir / "metrics.csv", run.dir / "checkpoint.pt")}
-    for run.step in range(11, 21):
-        number = torch.tensor(value if run.step == 15 else 1.0).as_subclass(OnGpu)
-        run.check_finite(**{"critic loss": number})
-    assert OnGpu.waits == 2
-    line = io.StringIO()
-    with contextlib.redirect_stderr(line), pytest.raises(SystemExit) as stopped:
-        run.row(20, {"q_loss": 1.0}) if ending_by == "row" else run.checkpoint(dict)
-    run.close()
-    assert stopped.value.code == 1 and "critic loss is not finite at step 20; the last" in line.getvalue()
-    assert before == {file: file.read_bytes() for file in before}
-
-
-class Broken(gym.Wrapper):
-    """From step `at` on, observation, reward or cost is not a number."""
-
-    def __init__(self, env, what, at):
-        super().__init__(env)
-        self.what, self.left = what, at
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        self.left -= 1
-        if self.left <= 0:
-            obs = obs * np.nan if self.what == "observation" else obs
-            reward = np.inf if self.what == "reward" else reward
-            info["cost"] = np.nan if self.what == "cost" else info["cost"]
-        return obs, reward, terminated, truncated, info
-
-
-@pytest.mark.parametrize("what", ["observation", "reward", "cost"])
-def test_simulator_that_gives_no_number_ends_the_run_at_that_step(
-        tmp_path, monkeypatch, ball_file, offline, what):
-    make, made = common.make_env, []
-
-    def make_env(env_id):
-        env, task = make(env_id)
-        made.append(env)
-        return (Broken(env, what, at=250) if len(made) == 1 else env), task
-
-    monkeypatch.setattr(common, "make_env", make_env)
-    status, (line,) = ending(marvel_sac_pid.main, marvel_sac_pid.Args(**{
-        **TINY_MARVEL, "checkpoint": str(offline), "dataset_path": str(ball_file), "checkpoint_every": 100,
-        "run_dir": str(tmp_path / "x")}))
-    assert status == 1
-    assert f"{what} is not finite at step {30 + 249}; the last good checkpoint is of step {30 + 200}" in line
-    assert len((tmp_path / "x/metrics.csv").read_text().splitlines()) == 2  # the header and the good episode
-
-
-def test_policy_that_gives_no_number_ends_the_run_before_it_acts(tmp_path, monkeypatch, ball_file, offline):
-    original, steps = marvel_sac_pid.Actor.numpy_policy, []
+def test_policy_that_gives_no_number_ends_the_run_before_it_acts(
+        tmp_path, monkeypatch, capsys, settings, train):
+    script, _ = settings["marvel"]
+    original, steps = script.Actor.numpy_policy, []
 
     def numpy_policy(self):
         act = original(self)
 
         def broken(obs, rng=None):
             steps.append(1)
-            broken_now = len(steps) > 400 + 20  # the evaluations of the offline policy take 400
-            return act(obs, rng) * np.float32("nan" if broken_now else 1)
+            return act(obs, rng) * np.float32("nan" if len(steps) > 100 else 1)
 
         return broken
 
-    monkeypatch.setattr(marvel_sac_pid.Actor, "numpy_policy", numpy_policy)
-    status, (line,) = ending(marvel_sac_pid.main, marvel_sac_pid.Args(**{
-        **TINY_MARVEL, "checkpoint": str(offline), "dataset_path": str(ball_file),
-        "run_dir": str(tmp_path / "x")}))
-    assert (status, f"action is not finite at step {30 + 20}" in line) == (1, True)
-
-
-def test_first_observation_that_is_no_number_ends_the_run_before_anything_is_logged(tmp_path, monkeypatch):
-    reset, resets = common.reset_env, []
-
-    def reset_env(env, seed):
-        resets.append(seed)
-        return reset(env, seed) * np.float32("nan" if len(resets) > 3 else 1)  # two of them are of make_env
-
-    monkeypatch.setattr(common, "reset_env", reset_env)
-    status, (line,) = ending(marvel_sac_pid.main, marvel_sac_pid.Args(**{
-        **TINY_MARVEL, "from_scratch": True, "learning_starts": 400, "eval_every": 1000,
-        "run_dir": str(tmp_path / "x")}))
-    assert status == 1 and "observation is not finite at step" in line
-    assert "nan" not in (tmp_path / "x/metrics.csv").read_text()
+    monkeypatch.setattr(script.Actor, "numpy_policy", numpy_policy)
+    _, line = one_line(capsys, train, "marvel")
+    assert "the policy's action is not finite" in line
+    assert_all_that_is_there_is_good(tmp_path / "run")
 
 
 # --- The log against a recording ---
 class Recorder(gym.Wrapper):
-    """Writes down every step on its own account; the second episode ends the task after 70 steps."""
+    """Writes down every step on its own account."""
 
     def __init__(self, env, steps):
         super().__init__(env)
-        self.steps, self.episodes, self.length, self.rng = steps, 0, 0, np.random.default_rng(0)
-
-    def reset(self, **options):
-        self.length = 0
-        return self.env.reset(**options)
+        self.recorded = steps
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self.length += 1
-        info["cost"] = float(self.rng.random() < 0.2)
-        terminated = self.episodes == 1 and self.length == 70
-        self.steps.append((reward, info["cost"], terminated, truncated))
-        self.episodes += terminated or truncated
+        self.recorded.append((reward, info["cost"], terminated, truncated))
         return obs, reward, terminated, truncated, info
 
 
-def test_logged_costs_and_regret_are_those_of_an_independent_recording(tmp_path, monkeypatch, train):
+def test_logged_costs_and_regret_are_those_of_an_independent_recording(
+        tmp_path, monkeypatch, settings, train):
     make, made, steps = common.make_env, [], []
 
     def make_env(env_id):
@@ -318,38 +201,44 @@ def test_logged_costs_and_regret_are_those_of_an_independent_recording(tmp_path,
         return (Recorder(env, steps) if len(made) == 1 else env), task
 
     monkeypatch.setattr(common, "make_env", make_env)
-    checkpoint = train("online", "x", total_timesteps=600, cost_limit=30.0, rollout_episodes=2)
-    metrics = read_metrics(tmp_path / "x/metrics.csv")
+    checkpoint = train("marvel", cost_limit=8.0, rollout_episodes=2, total_timesteps=300)
+    metrics = read_metrics(tmp_path / "run/metrics.csv")
     reward, cost, terminated, truncated = (np.array(column) for column in zip(*steps, strict=True))
     ends = np.flatnonzero(terminated | truncated)
-    assert (terminated.sum(), truncated.sum()) == (1, len(ends) - 1)
+    assert terminated.any() and truncated.any() and len(ends) % 2 == 0
     assert metrics["env_steps"].tolist() == (ends + 1).tolist()
+    assert metrics["episode"].tolist() == list(range(1, len(ends) + 1))
     parts = np.split(np.arange(len(cost)), ends[:-1] + 1)
-    episode_costs = np.array([sum(cost[part]) for part in parts])
-    assert set(np.diff(ends)) == {70, 200}  # early termination and time limits
+    costs = np.array([sum(cost[part]) for part in parts])
+    assert (costs > 8).any() and (costs < 8).any()
     for name, expected in {
             "episode_return": [sum(reward[part]) for part in parts],
-            "episode_cost": episode_costs,
-            "cumulative_cost": [sum(episode_costs[:k + 1]) for k in range(len(parts))],
-            "violation_regret": [sum(max(0.0, c - 30.0) for c in episode_costs[:k + 1])
-                                 for k in range(len(parts))]}.items():
+            "episode_cost": costs,
+            "normalized_cost": costs / 8,
+            "cumulative_cost": [sum(costs[:k + 1]) for k in range(len(parts))],
+            "violation_regret": [sum(max(0.0, c - 8.0) for c in costs[:k + 1]) for k in range(len(parts))],
+            }.items():
         np.testing.assert_allclose(metrics[name], expected, rtol=1e-5, err_msg=name)
-    assert (episode_costs > 30).any() and (episode_costs < 30).any()
-    assert checkpoint["buffer"]["terminals"].nonzero().flatten().tolist() == [ends[1]]
-    np.testing.assert_array_equal(checkpoint["buffer"]["timeouts"].numpy(), truncated)
+    buffer = {name: values.numpy() for name, values in checkpoint["buffer"].items()}
+    np.testing.assert_array_equal(buffer["terminals"], terminated)
+    np.testing.assert_array_equal(buffer["timeouts"], truncated)
+    np.testing.assert_array_equal(buffer["costs"], cost.astype(np.float32))
+    np.testing.assert_allclose(buffer["rewards"], 0.1 * reward, rtol=1e-5)  # --reward-scale
+    inside = np.delete(np.arange(len(cost)), ends)
+    np.testing.assert_array_equal(buffer["next_observations"][inside], buffer["observations"][inside + 1])
 
 
-def test_simulators_are_closed_at_the_end(tmp_path, monkeypatch, train):
+def test_simulators_are_closed_at_the_end(monkeypatch, train):
     make, open_ones = common.make_env, []
 
     def make_env(env_id):
         env, task = make(env_id)
         open_ones.append(env)
         close = env.close
-        monkeypatch.setattr(env, "close", lambda: (open_ones.remove(env), close()))
+        env.close = types.MethodType(lambda env: (open_ones.remove(env), close()), env)
         return env, task
 
     monkeypatch.setattr(common, "make_env", make_env)
-    train("online", "on")
-    train("offline", "off")
+    train("marvel", "online")
+    train("cpq", "offline")
     assert open_ones == []

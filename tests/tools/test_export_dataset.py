@@ -1,12 +1,12 @@
-"""benchmark/tools/export_dataset.py writes what was played, in the task's own units, or says in a line why not."""
+"""The export writes what was played, in the task's own units, or says in a line why not."""
 
+import hashlib
 from importlib import import_module
 
 import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
-import torch
 from conftest import TASK, TINY_MARVEL, run_script, single_line
 
 import common
@@ -14,7 +14,7 @@ import marvel_sac_pid
 import offline_pretrain
 from benchmark.tools import export_dataset
 from benchmark.tools.curves import read_metrics
-from benchmark.tools.export_dataset import Args, episodes_of, main, write_dataset
+from benchmark.tools.export_dataset import Args, main, write_dataset
 
 SCRIPTS = {"marvel_sac_pid": marvel_sac_pid} | {
     name: import_module(f"benchmark.baselines.{name}") for name in ("jsrl", "pex", "so2")}
@@ -109,14 +109,14 @@ def test_file_holds_every_transition_that_was_played(tmp_path, capsys, ball_task
     assert np.flatnonzero(data["timeouts"]).tolist() == [319, 519]
 
     metrics = read_metrics(run_dir / "metrics.csv")
-    ends, returns, costs = offline_pretrain.episode_sums(data)
+    ends, returns, costs = common.episode_sums(data)
     assert (ends + 1).tolist() == metrics["env_steps"].tolist()
     np.testing.assert_allclose(returns, metrics["episode_return"], rtol=1e-5)
     np.testing.assert_allclose(costs, metrics["episode_cost"], rtol=1e-5)
     assert said == (f"{output}: 3 episodes, 520 transitions; return {returns.min():.1f} to "
                     f"{returns.max():.1f}, cost {costs.min():g} to {costs.max():g}\n")
     with h5py.File(output) as file:
-        assert dict(file.attrs) == {"task": TASK, "seed": 3}
+        assert dict(file.attrs) == {"task": TASK, "seed": 3, "action_units": "simulator"}
     assert [file.name for file in output.parent.iterdir()] == ["x.hdf5"]
 
 
@@ -125,7 +125,8 @@ def test_offline_training_takes_the_file(tmp_path, online):
     offline_pretrain.main(offline_pretrain.Args(
         update_steps=5, batch_size=32, eval_episodes=1, dataset_path=str(tmp_path / "x.hdf5"),
         run_dir=str(tmp_path / "run")))
-    assert common.load_checkpoint(tmp_path / "run/checkpoint.pt")["dataset"] == "x.hdf5"
+    digest = hashlib.sha256((tmp_path / "x.hdf5").read_bytes()).hexdigest()
+    assert common.load_checkpoint(tmp_path / "run/checkpoint.pt")["dataset_sha256"] == digest
 
 
 def test_same_checkpoint_gives_the_same_bytes_and_stays_as_it_is(tmp_path, online):
@@ -139,48 +140,55 @@ def test_same_checkpoint_gives_the_same_bytes_and_stays_as_it_is(tmp_path, onlin
     assert (tmp_path / "a.hdf5").read_bytes() == (tmp_path / "b.hdf5").read_bytes()
 
 
-def test_episodes_are_arrays_with_unscaled_rewards_and_their_task_and_seed(online):
-    run_dir, seen = online("marvel_sac_pid")
-    data, attributes = episodes_of(run_dir / "checkpoint.pt")
-    assert attributes == {"task": TASK, "seed": 3}
-    assert tuple(data) == common.DATASET_KEYS == TRANSITION
-    for key, array in data.items():
-        assert isinstance(array, np.ndarray) and array.dtype == np.float32 and array.shape == seen[key].shape
-    buffer = common.load_checkpoint(run_dir / "checkpoint.pt")["buffer"]
-    np.testing.assert_allclose(0.3 * data["rewards"], buffer["rewards"], rtol=1e-6)
-    assert np.abs(seen["rewards"]).max() > 0.1
-
-
 def test_checkpoint_of_an_unfinished_run_gives_its_episodes_so_far(tmp_path, ball_task, online):
     whole = common.load_checkpoint(online("marvel_sac_pid")[0] / "checkpoint.pt")
     part = whole | {"finished": False, "buffer": {key: x[:320] for key, x in whole["buffer"].items()}}
     common.save_checkpoint(tmp_path / "part.pt", part)
     main(Args(str(tmp_path / "part.pt"), str(tmp_path / "x.hdf5")))
     data = common.read_dataset(tmp_path / "x.hdf5", ball_task)
-    assert len(data["rewards"]) == 320 and len(offline_pretrain.episode_sums(data)[0]) == 2
+    assert len(data["rewards"]) == 320 and len(common.episode_sums(data)[0]) == 2
+
+
+class Wide(gym.Env):
+    """Its actions lie in [0, 4] and [-3, -1]; it keeps those that it gets."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+    action_space = gym.spaces.Box(np.array([0, -3], np.float32), np.array([4, -1], np.float32))
+    got = []
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1), {}
+
+    def step(self, action):
+        self.got.append(action)
+        return np.zeros(1), 0.0, False, False, {"cost": 0.0}
+
+
+def test_actions_are_written_in_the_units_of_the_simulator_and_read_back_in_the_scripts(tmp_path):
+    gym.register("Wide-v0", Wide, max_episode_steps=10)
+    marvel_sac_pid.main(marvel_sac_pid.Args(
+        env_id="Wide-v0", from_scratch=True, total_timesteps=40, eval_episodes=1,
+        run_dir=str(tmp_path / "x")))
+    main(Args(str(tmp_path / "x/checkpoint.pt"), str(tmp_path / "x.hdf5")))
+    with h5py.File(tmp_path / "x.hdf5") as file:
+        written = file["actions"][()]
+    played = np.array(Wide.got)
+    first = next(k for k in range(len(played)) if np.allclose(played[k], written[0], atol=1e-5))
+    np.testing.assert_allclose(written, played[first : first + 40], atol=1e-5)
+    assert np.ptp(written, axis=0) == pytest.approx([4, 2], abs=0.8)  # uniform over the box
+    _, task = common.make_env("Wide-v0")
+    scaled = common.read_dataset(tmp_path / "x.hdf5", task)["actions"].numpy()
+    np.testing.assert_allclose(scaled, written / [2, 1] + [-1, 2], atol=1e-5)
+    del gym.registry["Wide-v0"]
 
 
 # --- Writing ---
-def test_same_data_give_the_same_bytes_and_no_other_file(tmp_path, ball_data):
-    for name in ("a", "b"):
-        write_dataset(tmp_path / name / "x.hdf5", ball_data, {"task": TASK, "seed": 3})
-    assert (tmp_path / "a/x.hdf5").read_bytes() == (tmp_path / "b/x.hdf5").read_bytes()
-    assert [file.name for file in (tmp_path / "a").iterdir()] == ["x.hdf5"]
-
-
 def test_interrupted_writing_leaves_the_old_file_as_it_was(tmp_path, ball_data, ball_file):
     path = tmp_path / "x.hdf5"
     path.write_bytes(ball_file.read_bytes())
     with pytest.raises(KeyError):
         write_dataset(path, {key: ball_data[key] for key in common.DATASET_KEYS[:4]}, {})
     assert path.read_bytes() == ball_file.read_bytes()
-
-
-def test_what_was_written_is_read_again(tmp_path, ball_data, ball_task):
-    write_dataset(tmp_path / "x.hdf5", ball_data, {"task": TASK})
-    data = common.read_dataset(tmp_path / "x.hdf5", ball_task)
-    for key, array in ball_data.items():
-        np.testing.assert_array_equal(data[key].numpy(), array.astype(np.float32), err_msg=key)
 
 
 # --- What is refused ---
@@ -200,16 +208,10 @@ def test_checkpoint_without_episodes_is_refused(tmp_path, offline, online, refus
     assert not output.exists()
 
 
-def test_file_that_is_no_checkpoint_is_refused(tmp_path, online, refusal):
-    whole, output = (online("marvel_sac_pid")[0] / "checkpoint.pt").read_bytes(), tmp_path / "x.hdf5"
-    for name, content in {"cut": whole[:20_000], "text": b"no checkpoint", "empty": b""}.items():
-        (tmp_path / name).write_bytes(content)
-        assert f"{tmp_path / name}: not a readable checkpoint" in refusal(export, tmp_path / name, output)
-    torch.save({"version": common.CHECKPOINT_VERSION - 1, "buffer": {}}, tmp_path / "old.pt")
-    assert "old.pt: damaged, or not written by this version" in refusal(export, tmp_path / "old.pt", output)
-    for place in (tmp_path / "nowhere.pt", tmp_path):
-        assert f"--checkpoint {place}: no such file" in refusal(export, place, output)
-    assert not output.exists()
+def test_task_that_is_not_the_checkpoints_is_refused(tmp_path, online, refusal):
+    args = Args(f"{online('marvel_sac_pid')[0]}/checkpoint.pt", str(tmp_path / "x.hdf5"), "SafetyBallRun-v0")
+    assert f"env_id is {TASK}, this run needs SafetyBallRun-v0" in refusal(main, args)
+    assert not (tmp_path / "x.hdf5").exists()
 
 
 def test_output_that_cannot_be_written_is_refused(tmp_path, online, refusal, monkeypatch):

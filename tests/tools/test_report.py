@@ -84,6 +84,43 @@ def test_summary_of_small_results(results):
     assert "| SafetyCarRun-v0 | 1234 | 50.0 | 1.0 | 4000 | 70.0 | 3.0 | 80.0 | 4.0 | 10.0 | 1.5 |" in text
 
 
+def test_narrow_table_has_five_columns_of_the_sampled_policy(results):
+    mark = "<!-- narrow SafetyBallCircle-v0: offline so2 marvel -->\n"
+    assert report.fill_tables(mark, results).splitlines()[1:] == [
+        "| method (seeds) | env steps | return | cost | violation regret |", "|---|---|---|---|---|",
+        "| offline (2) | 0 | 50.5 ± 6.4 | 1.0 ± 0.0 |  |",  # 0.5 is the standard error, 12.7 the quantile
+        "| marvel (2) | 4000 | 70.5 ± 6.4 | 3.0 ± 0.0 | 10.0 ± 0.0 |"]
+
+
+def test_equal_table_compares_at_the_fewest_steps_and_at_a_safe_return(tmp_path, monkeypatch):
+    """Fast: 30 episodes to step 3000. Slow: 60, of which the last quarter earns 100: 95 is asked for."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    returns = {"marvel": [10] * 4 + [96] * 26, "from-scratch": [1] * 45 + [100] * 15}
+    costs = {"marvel": [50, 0] + [0] * 28, "from-scratch": [30] * 40 + [0] * 20}
+    for method in returns:
+        lines, regret = ["env_steps,episode_return,episode_cost,violation_regret"], 0
+        for k, (earned, cost) in enumerate(zip(returns[method], costs[method], strict=True), 1):
+            regret += max(0, cost - 20)
+            lines.append(f"{100 * k},{earned},{cost},{regret}")
+        (tmp_path / "SafetyBallCircle-v0" / method).mkdir(parents=True)
+        (tmp_path / "SafetyBallCircle-v0" / method / "seed0.csv").write_text("\n".join(lines))
+    mark = "<!-- equal SafetyBallCircle-v0: marvel so2 from-scratch -->\n"
+    head, _, fast, slow = report.fill_tables(mark, report.read_results()).splitlines()[1:]
+    assert "until step 3000: " in head and "until a safe return of 95: " in head
+    # marvel: 1 of 30 episodes over the limit, by 30; the first five episodes of return 96 end at the ninth
+    assert fast == "| marvel (1) | 96.0 | 30.0 | 3.3 % | 900.0 | 30.0 |"
+    # from scratch: all of the first 30 are over by 10; five of return 100 end at the fiftieth, after 40 such
+    assert slow == "| from-scratch (1) | 1.0 | 300.0 | 100.0 % | 5000.0 | 400.0 |"
+
+
+def test_equal_table_of_what_is_not_there_is_empty_and_an_offline_policy_takes_no_steps(results):
+    for mark in ("<!-- equal SafetyAntRun-v0: marvel from-scratch -->\n",
+                 "<!-- equal SafetyBallCircle-v0: offline -->\n"):
+        assert len(report.fill_tables(mark, results).splitlines()) == 3
+    mark = "<!-- equal SafetyBallCircle-v0: offline marvel -->\n"
+    assert len(report.fill_tables(mark, results).splitlines()) == 4
+
+
 def test_pictures_of_small_results(results, tmp_path):
     report.picture("SafetyBallCircle-v0", results["SafetyBallCircle-v0"])
     report.mismatch_picture(results)
