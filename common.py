@@ -466,7 +466,8 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         stop(f"{path}: cannot be written ({error.strerror}); what was there is still whole", FAILURE)
 
 
@@ -654,7 +655,7 @@ class Run:
         args = replace(args, **{name: plain(value) for name, value in vars(args).items()})
         args = replace(args, env_id=usual_name(args.env_id))
         self.script, self.columns = script, columns
-        self.args, self.config = args, asdict(args)
+        self.args, self.config = args, json.loads(json.dumps(asdict(args)))
         self.saved = None  # the last checkpoint of a run that goes on
         if args.resume is not None:
             self.args, self.config, self.saved = read_run(args)
@@ -728,8 +729,9 @@ class Run:
                 check_network(path, name, self.saved.get(name), part)
             try:
                 restore(part, self.saved[name])
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            except Exception as error:  # as many types as there are kinds of parts
                 stop(f"--resume {self.dir}: {name} is not in its checkpoint, or another ({error!s:.80})")
+        self.board_step = self.saved["board_step"]
         torch.set_rng_state(self.saved["torch_rng"])  # last, as making networks draws from it
         torch.cuda.set_rng_state_all(self.saved["cuda_rng"])
 
@@ -752,7 +754,7 @@ class Run:
                         file.unlink()
             if self.config != self.written_config():  # a resumed run may have got more steps
                 write_file(self.dir / "config.json", json.dumps(self.config, indent=2).encode() + b"\n")
-            self.file.truncate(self.saved["metrics_bytes"] if self.resumed else 0)
+            self.file.seek(self.file.truncate(self.saved["metrics_bytes"] if self.resumed else 0))
             self.csv = csv.DictWriter(self.file, self.columns, lineterminator="\n")
             if not self.resumed:
                 self.csv.writeheader()
@@ -857,12 +859,13 @@ class Run:
     # --- Saving ---
     def checkpoint(self) -> None:
         """Save where it is time or a signal has come, which then ends the program."""
-        if self.signal or self.step - self.saved_at >= self.args.checkpoint_every:
+        signal_number = self.signal  # one that comes from here on waits for the next call
+        if signal_number or self.step - self.saved_at >= self.args.checkpoint_every:
             self.save(finished=False)
-        if self.signal:
+        if signal_number:
             self.close()
             tqdm.write(f"stopped at {self.place()}: {self.command} goes on with it", sys.stderr)
-            raise SystemExit(128 + self.signal)
+            raise SystemExit(128 + signal_number)
 
     def finish(self) -> None:
         """Save the last checkpoint and close."""
@@ -896,7 +899,8 @@ class Run:
         self.main_frame = None  # it holds all of main's variables
         for file in (self.file, self.board):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # of a full disk: what it could not take is not in the checkpoint
+                    file.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()
             self.wandb_run = None
@@ -956,7 +960,8 @@ def read_run(args: Any) -> tuple[Any, dict, dict | None]:
         stop_unless(value >= config[name], f"--{name.replace('_', '-')} {value}: --resume may only raise it, "
                     f"the run has {config[name]}")
         config[name] = value
-    args = replace(type(args)(**config), run_dir=str(folder), resume=str(folder))
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    args = replace(type(args)(**options), run_dir=str(folder), resume=str(folder))
     if not (folder / "checkpoint.pt").exists():
         return args, config, None
     saved = load_checkpoint(folder / "checkpoint.pt")

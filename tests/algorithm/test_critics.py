@@ -85,10 +85,10 @@ def test_target_network_goes_the_share_tau_of_the_way(script):
 
 
 @both_scripts
-def test_value_is_the_smallest_of_the_reward_critics_and_the_mean_of_the_cost_critics(script):
-    table = StubCritic(*Q_TABLE)
-    assert script.reward_value(table, NEXT_OBS, 2 * NEXT_OBS).tolist() == [4.0, 1.0, 3.0, 7.0]
-    assert script.cost_value(table, NEXT_OBS, 2 * NEXT_OBS).tolist() == [4.5, 1.5, 4.5, 7.5]
+def test_value_is_the_smallest_of_the_reward_critics_and_the_mean_of_the_cost_critics(script, n_cost):
+    q, qc = StubCritic(*Q_TABLE), StubCritic(*([2.0 * k, 0.0, 4.0 * k, 1.0] for k in range(n_cost)))
+    assert script.reward_value(q, NEXT_OBS, 2 * NEXT_OBS).tolist() == [4.0, 1.0, 3.0, 7.0]
+    assert script.cost_value(qc, NEXT_OBS, 2 * NEXT_OBS).tolist() == [n_cost - 1, 0.0, 2 * (n_cost - 1), 1.0]
 
 
 # --- Targets ---

@@ -1,5 +1,6 @@
 """A task of a few steps, a small run of every script on it, and what its functions were given."""
 
+import dataclasses
 import functools
 import inspect
 import tempfile
@@ -104,8 +105,10 @@ RECORDED = ("cpq_targets", "bear_targets", "soft_targets", "composed_targets", "
 
 
 def options_of(kind):
-    """The options of a kind of run, with the files that it starts from."""
+    """The options of a kind of run as far as the script has them, with the files that it starts from."""
     script, options = KINDS[kind]
+    known = {field.name for field in dataclasses.fields(getattr(script, "Args", marvel_sac_pid.Args))}
+    options = {name: value for name, value in options.items() if name in known}
     if kind not in ("rollouts", "scratch", "jsrl"):
         options = {**options, "dataset_path": str(dataset()[1])}
     if kind not in ("cpq", "bear_lag", "bc_safe", "scratch"):

@@ -165,24 +165,10 @@ def test_file_that_is_cut_damaged_or_something_else_is_named(tmp_path, ball_file
     assert str(path) in line and "not a readable HDF5 file" in line
 
 
-def unknown_to_numpy(file):
-    """A number format that HDF5 can describe and numpy cannot hold: an exponent of 30 bits."""
-    kind = h5py.h5t.IEEE_F64LE.copy()
-    kind.set_fields(63, 33, 30, 0, 33)
-    h5py.h5d.create(file.id, b"rewards", kind, h5py.h5s.create_simple((600,)))
-
-
-def endless(file):
-    """More rows than any memory has, in a file of a few bytes."""
-    file.create_dataset("rewards", (2**50,), np.float32, chunks=(1024,))
-
-
-@pytest.mark.parametrize("make", [unknown_to_numpy, endless])
-def test_array_that_no_memory_holds_is_named_in_one_line(tmp_path, ball_data, refusal, make):
-    path = write_raw(tmp_path / "x.hdf5", ball_data)
-    with h5py.File(path, "a") as file:
-        del file["rewards"]
-        make(file)
+def test_array_that_no_memory_holds_is_named_in_one_line(tmp_path, ball_data, refusal):
+    path = write_raw(tmp_path / "x.hdf5", {key: ball_data[key] for key in KEYS if key != "rewards"})
+    with h5py.File(path, "a") as file:  # a few bytes
+        file.create_dataset("rewards", (2**50,), np.float32, chunks=(1024,))
     assert "not a readable HDF5 file" in refusal(common.read_dataset, path, task())
 
 

@@ -33,7 +33,11 @@ class Args:
     update_steps: int = 6
     gamma: float = 0.9
     target_entropy: float = -2.0  # not in OPTION_BOUNDS: any value will do
-    sizes: tuple[int, ...] = (4, 4)
+
+
+@dataclass
+class ArgsWithSizes(Args):
+    sizes: tuple[int, ...] = (4, 4)  # a list in JSON
 
 
 def nothing(step):
@@ -72,7 +76,7 @@ def main(args):
         progress["total"] += numbers["multiplier"]
         progress["mini_steps"] += 1
         run.row(progress["mini_steps"], {"steps": progress["mini_steps"], "value": loss.item()})
-        happens(progress["mini_steps"])
+        late = happens(progress["mini_steps"])  # noqa: F841
         run.checkpoint()
     run.finish()
 
@@ -80,12 +84,12 @@ def main(args):
 @pytest.fixture
 def mini(tmp_path, monkeypatch):
     """mini(folder, happens, ...): run the script above in this process."""
-    def call(folder="run", at=nothing, extra=nothing, **options):
+    def call(folder="run", at=nothing, extra=nothing, make=Args, **options):
         monkeypatch.setitem(globals(), "happens", at)
         monkeypatch.setitem(globals(), "extra_variable", extra)
         if "resume" not in options:
             options["run_dir"] = str(tmp_path / folder)
-        main(Args(**options))
+        main(make(**options))
         return saved(tmp_path / folder)
 
     return call
@@ -126,6 +130,11 @@ def test_variable_that_learns_and_is_not_kept_ends_the_run_with_one_line(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_variable_that_begins_to_learn_later_ends_the_run_at_the_next_save(tmp_path, mini, refusal):
+    assert "run.keep lacks late" in refusal(mini, "run", lambda step: leaf() if step > 2 else None)
+    assert saved(tmp_path / "run")["progress"]["mini_steps"] == 2
+
+
 @pytest.mark.parametrize("variable", [
     lambda _: torch.nn.ReLU, lambda _: torch.zeros(2), lambda _: [1, "a", None], lambda _: np.zeros(2)])
 def test_variable_that_does_not_change_need_not_be_kept(mini, variable):
@@ -146,10 +155,10 @@ def test_what_is_saved_can_be_read_again(tmp_path, mini, refusal, value, says):
         assert mini("run", at)["numbers"]["x"] == value
 
 
-def test_options_of_any_json_type_come_back(tmp_path, mini):
+def test_option_that_is_a_tuple_comes_back(tmp_path, mini):
     with pytest.raises(KeyError):
-        mini("run", broken_off(5), sizes=(8, 2))
-    assert mini("run", resume=str(tmp_path / "run"))["finished"]
+        mini("run", broken_off(5), make=ArgsWithSizes, sizes=(8, 2))
+    assert mini("run", make=ArgsWithSizes, resume=str(tmp_path / "run"))["finished"]
 
 
 @pytest.mark.parametrize("change", [

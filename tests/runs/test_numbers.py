@@ -16,7 +16,6 @@ import common
 from benchmark.tools.curves import read_metrics
 
 TRAINED = ("actor", "q", "qc", "q_target", "qc_target", "actor_optimizer", "critic_optimizer", "torch_rng")
-EVERY_KIND = ("cpq", "bear_lag", "bc_safe", "marvel", "rollouts", "from scratch", "jsrl", "pex", "so2")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def test_evaluating_logging_and_saving_change_nothing_of_the_training(
         assert np.isfinite(one["eval_mean_cost"]).sum() < np.isfinite(other["eval_mean_cost"]).sum()
 
 
-@pytest.mark.parametrize("kind", EVERY_KIND)
+@pytest.mark.parametrize("kind", ["cpq", "marvel"])
 def test_same_seed_gives_the_same_files_alone_and_beside_other_runs(tmp_path, settings, kind):
     script, options = settings[kind]
     assert run(script, tmp_path / "alone", **options)[0] == 0

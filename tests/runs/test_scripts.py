@@ -78,7 +78,7 @@ def test_offline_run_updates_all_networks_and_says_what_it_was_made_of(settings,
     {}, {"vpa_steps": 0}, {"vpa_critics": "fresh"}, {"multiplier": "pid"}, {"multiplier": "fixed"},
     {"multiplier": "dual", "rollout_episodes": 2}, {"multiplier": "fixed", "lagrange_init": 0.5},
     {"lagrange_init": "aligned"}, {"lagrange_init": "norm-ratio"}, {"utd": 0.1},
-    {"autotune": False, "alpha": 0.03}, {"cost_limit": 0.0}], ids=str)
+    {"autotune": False, "alpha": 0.03}], ids=str)
 def test_mode_updates_all_networks_as_often_as_asked(tmp_path, settings, offline_run, options):
     checkpoint = finetune(settings, tmp_path / "run", **options)
     check_files(tmp_path / "run")
@@ -177,13 +177,6 @@ def test_both_scripts_run_from_the_command_line_with_default_folders(tmp_path, b
     before = files(tmp_path)
     single_line(*run_script("marvel_sac_pid.py", *options, cwd=tmp_path)[::2])
     assert files(tmp_path) == before
-
-    status, stdout, stderr = run_script("benchmark/tools/curves.py", cwd=tmp_path)
-    assert (status, stderr) == (0, "")
-    assert "offline policy" in stdout and "after finetuning" in stdout and "violation regret" in stdout
-    (picture,) = files(tmp_path).keys() - before.keys()
-    assert picture == tmp_path / f"runs/{TASK}__marvel_sac_pid__seed0/curves.png"
-    assert before.items() <= files(tmp_path).items()
 
 
 def test_unknown_option_ends_with_status_2(tmp_path):
