@@ -188,7 +188,7 @@ class SafeEnv(gym.Wrapper):
         if not np.isfinite(action).all():  # a message is made only where one is needed: that takes time
             stop(f"{self.place()}: the policy's action is not finite: {action}")
         obs, reward, terminated, truncated, info = self.env.step(np.array(action))
-        if "cost" not in info:
+        if not isinstance(info, dict) or "cost" not in info:
             stop(f"{self.place()}: info has no 'cost', which every step must have")
         cost = self.checked_number("info['cost']", info["cost"])
         if cost < 0:
@@ -205,8 +205,9 @@ class SafeEnv(gym.Wrapper):
         """A float32 copy (obs_dim,)."""
         shape = self.observation_space.shape
         try:
-            checked = np.array(obs, np.float32)
-        except (TypeError, ValueError):
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is refused below
+                checked = np.array(obs, np.float32)
+        except Exception:  # NumPy's and torch's are of many types
             stop(f"{self.place()}: the observation is no array of numbers but {type(obs).__name__}")
         if checked.shape != shape:
             stop(f"{self.place()}: the observation has shape {checked.shape}, its space {shape}")
@@ -216,7 +217,10 @@ class SafeEnv(gym.Wrapper):
 
     def checked_number(self, name: str, value: Any) -> float:
         """A float of a number in any wrapping: NumPy's, an array or a tensor of one."""
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except Exception:  # ragged lists, tensors with a gradient
+            stop(f"{self.place()}: {name} must be a number, it is {value!r:.60}")
         if array.dtype.kind not in "fiub" or array.size != 1:
             stop(f"{self.place()}: {name} must be a number, it is {value!r:.60}")
         number = float(array.reshape(()))
@@ -266,7 +270,8 @@ def make_env(env_id: str) -> tuple[SafeEnv, Task]:
         _, _, _, _, info = env.step(middle)
     except Exception as error:  # a simulator that is not installed, a constructor with arguments, ...
         stop(f"--env-id {env_id}: does not run ({type(error).__name__}: {error!s:.100})")
-    stop_unless("cost" in info, f"--env-id {env_id}: its step() gives no info['cost'] to keep under a limit")
+    stop_unless(isinstance(info, dict) and "cost" in info,
+                f"--env-id {env_id}: its step() gives no info['cost'] to keep under a limit")
     horizon = spec.max_episode_steps or infos.DEFAULT_MAX_EPISODE_STEPS.get(name)
     stop_unless(horizon, f"--env-id {env_id}: it has no time limit; register it with max_episode_steps")
     env = gym.wrappers.TimeLimit(env, horizon)
@@ -738,8 +743,12 @@ class Run:
     def open_folder(self) -> None:
         """Make or enter the folder, lock it, and open what is written there."""
         if not self.args.resume and not self.args.overwrite:
-            found = [file for pattern in RUN_FILES for file in self.dir.glob(pattern)]
-            stop_unless(not any(file.is_file() and file.stat().st_size for file in found),
+            try:
+                found = [file for pattern in RUN_FILES for file in self.dir.glob(pattern)
+                         if file.is_file() and file.stat().st_size]
+            except OSError as error:
+                stop(f"--run-dir {self.dir}: cannot write there ({error.strerror})")
+            stop_unless(not found,
                         f"--run-dir {self.dir}: holds a run; {self.command} goes on with it, --overwrite "
                         "restarts")
         if self.args.track:
@@ -967,10 +976,11 @@ def read_run(args: Any) -> tuple[Any, dict, dict | None]:
     saved = load_checkpoint(folder / "checkpoint.pt")
     metrics = folder / "metrics.csv"
     size = metrics.stat().st_size if metrics.exists() else 0
-    same_options = {**first_config, **steps_of(saved["args"])} == saved["args"]
-    stop_unless(same_options and size >= saved["metrics_bytes"],
+    its_config = saved.get("args")
+    is_of_this_run = isinstance(its_config, dict) and {**first_config, **steps_of(its_config)} == its_config
+    stop_unless(is_of_this_run and size >= saved["metrics_bytes"],
                 f"--resume {folder}: config.json, metrics.csv and checkpoint.pt are not those of one run")
-    if saved["finished"] and steps_of(config) == steps_of(saved["args"]):
+    if saved["finished"] and steps_of(config) == steps_of(its_config):
         print(f"{folder}: this run is finished")
         raise SystemExit(0)
     return args, config, saved

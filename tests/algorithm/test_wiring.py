@@ -356,14 +356,14 @@ def test_penalty_raises_qc_of_the_policys_actions():
 
 # --- Entropy weight ---
 @pytest.mark.parametrize(("log_std", "autotune", "direction"), [
-    (-3.0, True, 1), (-1.5, True, -1), (-3.0, False, 0)])
+    (-2.6, True, 1), (-2.2, True, -1), (-2.6, False, 0)])
 def test_entropy_weight_rises_below_the_entropy_target_and_falls_above(log_std, autotune, direction):
     """The entropy is about 2 (log_std + 1.42), its target -2; Adam's steps have the learning rate's size."""
     result = new_run("marvel", **ONE_EPISODE, checkpoint=start_from((0.0, 0.0), log_std), actor_lr=1e-5,
-                     autotune=autotune)
-    assert (result.metrics["entropy"][0] < -2) == (log_std == -3.0)
+                     autotune=autotune, batch_size=256)
+    assert (result.metrics["entropy"][0] < -2) == (log_std == -2.6)
     moved = float(result.checkpoint["log_alpha"]) - np.log(ONLINE["alpha"])
-    assert moved == pytest.approx(direction * 1e-5 * result.metrics["env_steps"][0], rel=0.02, abs=1e-6)
+    assert moved == pytest.approx(direction * 1e-5 * result.metrics["env_steps"][0], rel=0.1, abs=1e-6)
 
 
 # --- Multiplier ---

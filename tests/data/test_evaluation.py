@@ -61,31 +61,15 @@ def test_every_random_state_is_left_as_it_was():
     assert before[2] == after[2]
 
 
-def test_episodes_differ_and_repeat_exactly_in_a_fresh_environment():
-    first, recording = play(TASK)
-    observations = [episode["first"] for episode in recording]
-    assert len(recording) == 3
-    assert all(not np.array_equal(observations[i], observations[j]) for i in range(3) for j in range(i))
-    again, repeated = play(TASK)
-    assert same(first, again)
-    assert all(np.array_equal(a["first"], b["first"]) for a, b in zip(recording, repeated, strict=True))
-
-
 @pytest.mark.parametrize("env_id", [
     TASK, "SafetyHopperVelocityGymnasium-v1", "SafetyAntRun-v0",
     "SafetyCarRun-v0", "SafetyDroneCircle-v0"])
-def test_an_episode_does_not_depend_on_the_episodes_before_it(env_id):
+def test_episodes_differ_and_do_not_depend_on_those_before_them(env_id):
     first, recording = play(env_id)
+    assert len({episode["first"].tobytes() for episode in recording}) == len(recording) == 3
     again, repeated = play(env_id, times=2)
     assert same(first, again)
     assert all(np.array_equal(a["first"], b["first"]) for a, b in zip(recording, repeated, strict=True))
-
-
-def test_seed_of_an_evaluation_counts_up_over_its_episodes():
-    long, _ = play(TASK, episodes=3, seed=7)
-    short, _ = play(TASK, episodes=1, seed=9)
-    assert long["return"][2] == short["return"][0]
-    assert long["return"][0] != short["return"][0]
 
 
 @pytest.mark.parametrize(("env_id", "terminates"), [

@@ -180,6 +180,16 @@ def send(number):
 kill = send(signal.SIGKILL)
 
 
+class Payload:
+    """Unpickled without care, this creates a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 # --- Comparing ---
 def saved(folder):
     """The checkpoint of a run's folder."""

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command_line, run_script, single_line
-from small import kill, kinds, run, saved, transitions, write_arrays
+from small import Payload, kill, kinds, run, saved, transitions, write_arrays
 
 import common
 import marvel_sac_pid
@@ -47,13 +47,6 @@ def sound(tmp_path_factory):
 
 
 # --- Ways to break it; each gives build(sound, folder) -> script, options ---
-class Payload:
-    """Unpickled without care, this creates the folder `created` in the present one."""
-
-    def __reduce__(self):
-        return os.mkdir, ("created",)
-
-
 def option(script=marvel_sac_pid, **options):
     return lambda sound, folder: (script, options)
 
@@ -176,7 +169,7 @@ CASES = {
     "data-other-task": (dataset(attributes={"task": "SafetyCarRun-v0"}), "from SafetyCarRun-v0, not"),
     "data-nothing-safe-to-imitate": (dataset(bc_safe, costs=np.full(181, 99)), "no episode of cost <= 20"),
     "checkpoint-half": (half("checkpoint", marvel_sac_pid), "broken", NOT_READ),
-    "checkpoint-code": (checkpoint(rng=Payload()), "broken.pt", NOT_READ),
+    "checkpoint-code": (checkpoint(rng=Payload("created")), "broken.pt", NOT_READ),
     "checkpoint-of-the-offline-run-not-made-yet": (
         option(checkpoint=None), "--checkpoint runs/", NO_FILE, "`python offline_pretrain.py` makes one"),
     "checkpoint-other-task": (checkpoint(env_id="SafetyCarCircle-v0"), "env_id is SafetyCarCircle-v0"),
@@ -234,7 +227,7 @@ CASES = {
     "resume-metrics-shortened": (resumed(cut("metrics.csv", -10**6)), OTHER_RUN),
     "resume-metrics-missing": (resumed(removed("metrics.csv")), OTHER_RUN),
     "resume-checkpoint-truncated": (resumed(cut("checkpoint.pt", -1000)), "checkpoint.pt", NOT_READ),
-    "resume-checkpoint-code": (resumed(rewritten(rng=Payload())), "checkpoint.pt", NOT_READ),
+    "resume-checkpoint-code": (resumed(rewritten(rng=Payload("created"))), "checkpoint.pt", NOT_READ),
     "resume-checkpoint-of-something-else": (resumed(
         lambda folder: common.save_checkpoint(folder / "checkpoint.pt", {"actor": {}})), "stopped"),
     "resume-other-data": (resumed(rewritten(dataset_sha256="0")), "checkpoint.pt", "dataset_sha256 is 0"),
@@ -321,24 +314,15 @@ def test_tracking_that_does_not_start_leaves_the_run_that_it_would_overwrite(
 DOWNLOADED = "SafetyCarCircle-v0-100-1450.hdf5"
 
 
-def environment(folder, **more):
-    """Variables of a new machine: no login, no cache; and libraries that do not wait between retries."""
+def download(folder, endpoint):
+    """A run on a new machine: no login, no cache; and libraries that do not wait between retries."""
     (folder / "site").mkdir(exist_ok=True)
     (folder / "site/sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None\n")
-    return {"HOME": str(folder / "home"), "PYTHONPATH": str(folder / "site"), "PYTHONDONTWRITEBYTECODE": "1",
-            "DSRL_DATASET_DIR": str(folder / "cache"), "NO_PROXY": "127.0.0.1", **more}
-
-
-def names(folder):
-    """Files, but for the downloader's own notes, its lock and what is on the way."""
-    inside = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
-    return {str(path) for path in inside if ".cache" not in path.parts}
-
-
-def download(folder, endpoint):
-    options = command_line({"update_steps": 2, "batch_size": 8, "eval_episodes": 1})
-    return run_script("offline_pretrain.py", "--env-id", "SafetyCarCircle-v0", "--run-dir", folder / "run",
-                      *options, cwd=folder, env=environment(folder, HF_ENDPOINT=endpoint))
+    options = {"env_id": "SafetyCarCircle-v0", "run_dir": folder / "run", "update_steps": 2, "batch_size": 8,
+               "eval_episodes": 1}
+    return run_script("offline_pretrain.py", *command_line(options), cwd=folder, env={
+        "HOME": str(folder / "home"), "PYTHONPATH": str(folder / "site"), "PYTHONDONTWRITEBYTECODE": "1",
+        "DSRL_DATASET_DIR": str(folder / "cache"), "NO_PROXY": "127.0.0.1", "HF_ENDPOINT": endpoint})
 
 
 class Mirror(http.server.BaseHTTPRequestHandler):
@@ -386,7 +370,9 @@ def test_download_that_fails_or_is_cut_short_is_never_taken_for_the_dataset(fold
     (line,) = [line for line in lines if line.startswith("error: ")]
     check(line, *says)
     assert status == 2 and lines[-1] == line and "Traceback" not in stderr
-    assert names(folder) == {"site/sitecustomize.py"} and not (folder / "run").exists()
+    assert not (folder / "run").exists()
+    left = {path.name for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts}
+    assert left == {"sitecustomize.py"}  # but for the downloader's own notes
 
     monkeypatch.setattr(Mirror, "whole", True)
     status, _, stderr = download(folder, mirror)

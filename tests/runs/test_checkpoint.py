@@ -6,19 +6,9 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from small import equal
+from small import Payload, equal
 
 import common
-
-
-class Payload:
-    """Unpickled without care, this creates a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def contents():

@@ -236,24 +236,19 @@ def test_number_without_a_column_ends_the_run_with_a_line_that_names_columns(tmp
 
 
 # --- Numbers that are not finite ---
-@pytest.mark.parametrize("name", ["network", "tensor", "optimizer", "controller", "buffer", "numbers"])
-def test_part_that_is_not_finite_is_never_saved(tmp_path, mini, capsys, name):
-    bad = float("nan")
+NAN = float("nan")
 
+
+@pytest.mark.parametrize(("name", "spoil"), [
+    ("network", lambda part: part.weight.data[0].fill_(NAN)), ("tensor", lambda part: part.data.fill_(NAN)),
+    ("optimizer", lambda part: next(iter(part.state.values()))["exp_avg"][0].fill_(NAN)),
+    ("controller", lambda part: part.costs.append(NAN)),
+    ("buffer", lambda part: part.storage["costs"][2].fill_(NAN)),
+    ("numbers", lambda part: part.update(multiplier=NAN))])
+def test_part_that_is_not_finite_is_never_saved(tmp_path, mini, capsys, name, spoil):
     def at(step):
-        part = inspect.currentframe().f_back.f_locals[name]
-        if step != 4:
-            return
-        if name == "numbers":
-            part["multiplier"] = bad
-        elif name == "controller":
-            part.costs[-1] = bad
-        elif name == "buffer":
-            part.storage["costs"][2] = bad
-        else:
-            tensor = {"network": lambda: part.weight, "tensor": lambda: part,
-                      "optimizer": lambda: next(iter(part.state.values()))["exp_avg"]}[name]()
-            tensor.data.view(-1)[-1] = bad
+        if step == 4:
+            spoil(inspect.currentframe().f_back.f_locals[name])
 
     with pytest.raises(SystemExit) as stopped:
         mini("run", at)
@@ -305,17 +300,14 @@ def test_script_can_be_called_again_in_one_process(tmp_path, mini, first, error)
 
 
 def test_scripts_are_good_guests_too(tmp_path, monkeypatch):
-    """Ctrl-C in the first of two calls of each phase, then --resume, all in this process."""
-    before = handlers()
-    for kind, (script, options) in kinds(tmp_path).items():
-        if kind not in ("cpq", "marvel"):
-            continue
-        steps, step = [], torch.optim.Adam.step
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.optim.Adam, "step", lambda *x, step=step, steps=steps: (
-                steps.append(1), len(steps) == 50 and os.kill(os.getpid(), signal.SIGINT), step(*x)))
-            with pytest.raises(SystemExit) as stopped:
-                script.main(script.Args(**options, run_dir=str(tmp_path / kind)))
+    """Ctrl-C in the first of two calls, then --resume, all in this process."""
+    before, step, settings = handlers(), torch.optim.Adam.step, kinds(tmp_path)
+    for kind in "cpq", "marvel":
+        (script, options), steps = settings[kind], iter(range(1000))
+        monkeypatch.setattr(torch.optim.Adam, "step", lambda *x, steps=steps: (
+            next(steps) == 50 and os.kill(os.getpid(), signal.SIGINT), step(*x)))
+        with pytest.raises(SystemExit) as stopped:
+            script.main(script.Args(**options, run_dir=str(tmp_path / kind)))
         assert stopped.value.code == 130 and handlers() == before
         script.main(script.Args(resume=str(tmp_path / kind)))
         assert saved(tmp_path / kind)["finished"] and handlers() == before

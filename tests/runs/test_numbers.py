@@ -8,7 +8,6 @@ from functools import partial
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from small import assert_same_end, begin, end, equal, kinds, run, saved
 from tqdm import tqdm
 
@@ -130,49 +129,20 @@ def test_loss_that_is_not_finite_ends_the_run_before_it_is_logged_or_saved(
 
 def test_gradient_that_is_not_finite_ends_the_run_though_the_loss_is(
         tmp_path, monkeypatch, capsys, settings, train):
-    class Spike(torch.autograd.Function):
-        """The identity, with an infinite derivative."""
-
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient * float("inf")
-
     script, _ = settings["bc_safe"]
     original, calls = script.log_likelihood, []
 
     def spiked(*arguments):
         calls.append(1)
         result = original(*arguments)
-        return Spike.apply(result) if len(calls) == 14 else result  # a checkpoint is due after that update
+        if len(calls) == 14:  # a checkpoint is due after that update
+            result.register_hook(lambda gradient: gradient * float("inf"))
+        return result
 
     monkeypatch.setattr(script, "log_likelihood", spiked)
     status, line = one_line(capsys, train, "bc_safe")
     assert status == 1 and "actor, actor_optimizer is not finite at update_steps 14" in line
     assert line.endswith("of step 7")
-    assert_all_that_is_there_is_good(tmp_path / "run")
-
-
-def test_policy_that_gives_no_number_ends_the_run_before_it_acts(
-        tmp_path, monkeypatch, capsys, settings, train):
-    script, _ = settings["marvel"]
-    original, steps = script.Actor.numpy_policy, []
-
-    def numpy_policy(self):
-        act = original(self)
-
-        def broken(obs, rng=None):
-            steps.append(1)
-            return act(obs, rng) * np.float32("nan" if len(steps) > 100 else 1)
-
-        return broken
-
-    monkeypatch.setattr(script.Actor, "numpy_policy", numpy_policy)
-    _, line = one_line(capsys, train, "marvel")
-    assert "the policy's action is not finite" in line
     assert_all_that_is_there_is_good(tmp_path / "run")
 
 

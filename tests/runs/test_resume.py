@@ -149,16 +149,6 @@ def test_row_that_was_half_written_is_cut_off(tmp_path, settings, untouched):
     assert_resumes_to_the_same_end(script, tmp_path / "run", untouched("marvel")[0])
 
 
-def test_checkpoint_before_is_whole_while_the_next_is_written(tmp_path, settings, untouched):
-    script, options = settings["cpq"]
-    # rename 1 is of config.json, each later one of a checkpoint, of which the temporary file is complete
-    assert run(script, tmp_path / "run", at=("rename", 4), do=kill, **options)[0] == -signal.SIGKILL
-    assert (tmp_path / "run/checkpoint.pt.part").exists()
-    assert saved(tmp_path / "run")["progress"] == {"update_steps": 14}
-    assert_resumes_to_the_same_end(script, tmp_path / "run", untouched("cpq")[0])
-    assert not (tmp_path / "run/checkpoint.pt.part").exists()
-
-
 def test_resumed_run_may_be_moved_and_keeps_its_options(tmp_path, settings, untouched):
     script, options = settings["cpq"]
     assert run(script, tmp_path / "run", at=("gradient step", 70), do=kill, **options)[0] == -signal.SIGKILL
