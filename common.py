@@ -757,6 +757,9 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.file = open(self.dir / "metrics.csv", "a", newline="")
             self.lock()
+            self.catch_signals()
+            if not self.args.resume:  # first: what is left of an older run cannot be resumed without it
+                (self.dir / "config.json").unlink(missing_ok=True)
             if not self.resumed:
                 for pattern in set(RUN_FILES) - {"config.json", "metrics.csv"}:
                     for file in self.dir.glob(pattern):
@@ -775,7 +778,6 @@ class Run:
                 write_file(self.dir / "wandb_id", self.wandb_run.id.encode())
         except OSError as error:
             stop(f"--run-dir {self.dir}: cannot write there ({error.strerror})")
-        self.catch_signals()
 
     def written_config(self) -> dict | None:
         """What config.json holds."""

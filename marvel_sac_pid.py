@@ -506,9 +506,10 @@ def main(args: Args) -> None:
 
     # --- Value pre-alignment: Q and Qc of the frozen offline policy (Marvel v3, eqs. 5 and 6) ---
     if not args.from_scratch and not progress["aligned"]:
-        evaluations["offline policy"] = common.evaluate_both_ways(
-            eval_env, actor.numpy_policy(), args.eval_episodes, args.seed)
-        print(f"offline policy: {evaluations['offline policy']}")
+        result = common.evaluate_both_ways(eval_env, actor.numpy_policy(), args.eval_episodes, args.seed)
+        evaluations["offline policy"] = result
+        print(f"offline policy, sampled: return {result['eval_sampled_return']:.1f}, "
+              f"cost {result['eval_sampled_cost']:.1f}")
         if args.vpa_data == "rollouts":
             while progress["env_steps"] < max(1, args.learning_starts):  # whole episodes, at least one
                 row = play_episode(actor.numpy_policy())

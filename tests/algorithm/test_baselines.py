@@ -45,8 +45,8 @@ def test_guide_begins_with_whole_episodes_and_ends_with_none(env_steps, annealin
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_guide_acts_first_and_for_fewer_and_fewer_steps(share):
-    result = new_run("jsrl", checkpoint=start_from(OFFLINE_U), total_timesteps=80, jump_start_share=share,
-                     utd=1e-9)
+    result = new_run("jsrl", checkpoint=start_from(OFFLINE_U, source="bear_lag"), total_timesteps=80,
+                     jump_start_share=share, utd=1e-9)
     guided = by_the_offline_policy(steps_of(result)["actions"])
     ends = result.metrics["env_steps"].astype(int)
     for begin, end in zip([0, *ends[:-1]], ends, strict=True):
@@ -135,9 +135,9 @@ def test_composed_targets_are_the_expectation_over_the_choice_with_the_new_polic
 def test_chosen_policy_is_the_one_that_plays_and_is_evaluated(monkeypatch, winner):
     monkeypatch.setattr(pex, "choice_probabilities",
                         lambda q, *_: torch.eye(2)[winner].reshape(2, *[1] * (q.ndim - 1)).expand_as(q))
-    result = new_run("pex", checkpoint=start_from(OFFLINE_U))
+    result = new_run("pex", checkpoint=start_from(OFFLINE_U, source="bear_lag"))
     assert set(by_the_offline_policy(steps_of(result)["actions"])) == {winner == 0}
-    expected = evaluation_of(result, ("offline_actor", "new_actor")[winner])
+    expected = evaluation_of(result, result.checkpoint[("offline_actor", "new_actor")[winner]])
     for what in ("eval_mean_return", "eval_mean_cost"):
         assert result.metrics[what][-1] == pytest.approx(expected[what], rel=1e-5)
 

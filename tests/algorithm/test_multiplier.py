@@ -81,8 +81,9 @@ def test_plain_law_against_a_table_by_hand():
     0    -20    0.7                     5.056             11.934            11.934 - 11.4 = 0.534
     0    -20    0.5                     2.5504            10.7406           below 13.26: 0
     0    -20    0.3                     0.29536           9.66654           below 11.934: 0
-    0    -20    0.1                     -1.734176         ...               0
-    0    -20    0 (not -0.1)            -3.5607584        ...               0
+    0    -20    0.1                     -1.734176         8.699886          0
+    0    -20    0 (not -0.1)            -3.5607584        7.8298974         0
+    60    40    0.4                     0.79531744        13.04690766       13.04690766 - 8.699886
     """
     controller = PIDLagrangian(20, 0.1, 0.01, 0.1, ema=0.9, d_delay=2, adapt_rate=0.0)
     table = [
@@ -94,6 +95,7 @@ def test_plain_law_against_a_table_by_hand():
         (0, 0.3 + 0.029536),
         (0, 0.0),  # 0.1 - 0.1734176 is negative
         (0, 0.0),
+        (60, 0.4 + 0.079531744 + 0.434702166),
     ]
     for cost, expected in table:
         assert controller.update(cost) == pytest.approx(expected, abs=1e-12)
@@ -111,7 +113,7 @@ def test_derivative_looks_back_by_its_delay(delay):
 
 
 def test_integral_alone_is_dual_ascent_and_no_gain_at_all_holds_the_multiplier():
-    costs = np.random.default_rng(2).uniform(0, 60, 200)
+    costs = np.random.default_rng(2).uniform(0, 40, 200)  # so that it is at 0 again and again
     dual, fixed = (PIDLagrangian(TARGET, 0.0, ki, 0.0, adapt_rate=0.0) for ki in (0.003, 0.0))
     dual.start(0.5)
     fixed.start(0.5)

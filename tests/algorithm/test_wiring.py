@@ -14,6 +14,7 @@ from tiny import (
     KINDS,
     OFFLINE,
     ONLINE,
+    SOURCE,
     VPA,
     dataset,
     evaluation_of,
@@ -31,9 +32,6 @@ from tiny import (
 import common
 import marvel_sac_pid
 
-TARGETS = {"cpq": "cpq_targets", "bear_lag": "bear_targets", "marvel": "soft_targets",
-           "rollouts": "soft_targets", "scratch": "soft_targets", "jsrl": "soft_targets",
-           "pex": "composed_targets", "so2": "perturbed_targets"}
 ONLINE_KINDS = ("marvel", "rollouts", "scratch", "jsrl", "pex", "so2")
 VPA_ROLLOUTS = 20  # two episodes, the first that reach 15 steps
 CRITIC_UPDATES = {"so2": 3}  # per gradient step
@@ -104,7 +102,7 @@ def test_optimisers_take_the_steps_that_are_asked_for(kind):
 @kinds("cpq", "bear_lag", "bc_safe", "marvel", "rollouts", "scratch", "jsrl", "so2")
 def test_last_evaluation_is_of_the_final_policy(kind):
     result = run(kind)
-    expected = evaluation_of(result)
+    expected = evaluation_of(result, result.checkpoint["actor"])
     assert expected["eval_sampled_return"] != expected["eval_mean_return"]
     assert {name: result.metrics[name][-1] for name in expected} == pytest.approx(expected, rel=1e-4)
     *_, last = result.checkpoint["evaluations"].values()
@@ -113,7 +111,7 @@ def test_last_evaluation_is_of_the_final_policy(kind):
 
 @kinds("marvel", "rollouts", "jsrl", "pex", "so2")
 def test_online_run_begins_with_the_evaluation_of_the_offline_policy(kind):
-    expected = evaluation_of(run("cpq"))  # whose options for it are the same
+    expected = evaluation_of(run(kind), run(SOURCE[kind]).checkpoint["actor"])
     assert run(kind).checkpoint["evaluations"]["offline policy"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -157,10 +155,10 @@ def test_target_networks_go_the_share_tau_of_the_way_after_every_step(kind):
 
 
 # --- What a gradient step is made of ---
-@kinds(*TARGETS)
+@kinds("cpq", "bear_lag", *ONLINE_KINDS)
 def test_critics_step_has_its_own_targets_of_one_batch(kind):
     result = run(kind)
-    for targets, critics in zip(of(result, TARGETS[kind]), of(result, "critic_loss"), strict=True):
+    for targets, critics in zip(of(result, "_targets"), of(result, "critic_loss"), strict=True):
         assert all(torch.equal(critics.batch[key], value) for key, value in targets.batch.items())
         assert torch.equal(critics.q_target_value, targets.result[0])
         assert torch.equal(critics.qc_target_value, targets.result[1])
@@ -168,7 +166,7 @@ def test_critics_step_has_its_own_targets_of_one_batch(kind):
         assert targets.gamma == BOTH["gamma"]
 
 
-@kinds(*TARGETS)
+@kinds("cpq", "bear_lag", *ONLINE_KINDS)
 def test_actor_follows_the_critics_as_the_same_step_has_left_them(kind):
     result = run(kind)
     actors = of(result, "actor_loss", "bear_loss")
@@ -193,7 +191,7 @@ def test_online_targets_are_of_the_current_policy_with_its_entropy_and_none_in_t
     result = run(kind)
     updates = of(result, "actor_loss")
     every = CRITIC_UPDATES.get(kind, 1)
-    for targets, update in zip(of(result, TARGETS[kind])[-len(updates) * every::every], updates, strict=True):
+    for targets, update in zip(of(result, "_targets")[-len(updates) * every::every], updates, strict=True):
         assert targets.actor is update.actor
         assert torch.equal(targets.actor_parameters, update.actor_parameters)
         assert targets.alpha == update.alpha
@@ -207,7 +205,7 @@ def test_online_targets_are_of_the_current_policy_with_its_entropy_and_none_in_t
 # --- The data ---
 @kinds("jsrl", "pex", "so2")
 def test_baseline_begins_with_the_offline_networks_it_is_meant_to(kind):
-    before, begun = run("cpq").checkpoint, new_run(kind, total_timesteps=1, utd=1e-9).checkpoint
+    before, begun = run(SOURCE[kind]).checkpoint, new_run(kind, total_timesteps=1, utd=1e-9).checkpoint
     critics = {name: name.removesuffix("_target") for name in ("q", "qc", "q_target", "qc_target")}
     taken = {"jsrl": {"guide": "actor"}, "pex": {"offline_actor": "actor", **critics}}
     taken = taken.get(kind, {"actor": "actor", **critics})
@@ -218,7 +216,7 @@ def test_baseline_begins_with_the_offline_networks_it_is_meant_to(kind):
 
 @pytest.mark.parametrize(("kind", "name"), [("jsrl", "guide"), ("pex", "offline_actor")])
 def test_offline_policy_stays_as_it_was_beside_the_one_that_learns(kind, name):
-    assert equal(run(kind).checkpoint[name], run("cpq").checkpoint["actor"])
+    assert equal(run(kind).checkpoint[name], run(SOURCE[kind]).checkpoint["actor"])
     # neither of PEX's two is the policy, so no other script takes one
     assert ("actor" in run(kind).checkpoint) == (kind == "jsrl")
 
@@ -294,8 +292,7 @@ def test_offline_critics_learn_from_the_dataset_alone(kind):
 
 def test_vpa_on_rollouts_plays_the_offline_policys_first_episodes_which_count():
     result = new_run("rollouts", checkpoint=start_from((0.5, -0.3)))
-    steps = steps_of(result)["actions"][:VPA_ROLLOUTS]
-    np.testing.assert_allclose(steps, np.tanh([[0.5, -0.3]] * VPA_ROLLOUTS), atol=0.03)
+    assert np.abs(steps_of(result)["actions"][:VPA_ROLLOUTS] - np.tanh([0.5, -0.3])).mean() < 0.1
     assert result.metrics["env_steps"][:2].tolist() == [10, 20]
     assert np.isnan(result.metrics["lagrange_multiplier"]).tolist()[:3] == [True, True, False]
 
@@ -313,7 +310,7 @@ def test_scratch_explores_uniformly_until_learning_starts(monkeypatch):
 
 def test_finetuning_plays_the_policy_from_its_first_step():
     actions = steps_of(new_run("marvel", **WITHOUT_LEARNING, checkpoint=start_from((0.5, -0.3))))["actions"]
-    np.testing.assert_allclose(actions, np.tanh([[0.5, -0.3]] * len(actions)), atol=0.03)
+    assert np.abs(actions - np.tanh([0.5, -0.3])).mean() < 0.1  # uniform ones have half a unit and more
     assert actions.std(0).min() > 1e-3  # samples
 
 
@@ -326,7 +323,7 @@ def test_threshold_is_the_limit_spent_evenly_and_discounted():
 
 def test_actions_are_out_of_distribution_beyond_the_quantile_of_the_batchs_own_kl():
     result = run("cpq")
-    for vae, ood, actor in zip(*(of(result, name) for name in ("loss", "ood_shortfall", "actor_loss")),
+    for vae, ood, actor in zip(*(of(result, name) for name in ("VAE.loss", "ood_shortfall", "actor_loss")),
                                strict=True):
         assert ood.kl_threshold == pytest.approx(float(np.quantile(vae.result[1], 0.8)), rel=1e-5)
         assert torch.equal(ood.obs, actor.batch["observations"])
@@ -337,11 +334,11 @@ def test_actions_are_out_of_distribution_beyond_the_quantile_of_the_batchs_own_k
 @kinds("cpq", "bear_lag")
 def test_vae_learns_the_actions_of_the_batch(kind):
     result = run(kind, update_steps=60)
-    for vae, critics in zip(of(result, "loss"), of(result, "critic_loss"), strict=True):
+    for vae, critics in zip(of(result, "VAE.loss"), of(result, "critic_loss"), strict=True):
         assert torch.equal(vae.obs, critics.batch["observations"])
         assert torch.equal(vae.act, critics.batch["actions"])
         assert vae.beta == result.args.vae_beta
-    losses = [float(call.result[0]) for call in of(result, "loss")]
+    losses = [float(call.result[0]) for call in of(result, "VAE.loss")]
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
 

@@ -100,8 +100,9 @@ KINDS = {
     "pex": (pex, ONLINE),
     "so2": (so2, {**ONLINE, "critic_updates": 3, "target_noise": 0.2, "noise_clip": 0.5}),
 }
-RECORDED = ("cpq_targets", "bear_targets", "soft_targets", "composed_targets", "perturbed_targets",
-            "composed_policy", "critic_loss", "ood_shortfall", "bear_loss", "actor_loss", "log_likelihood")
+SOURCE = {"marvel": "cpq", "rollouts": "cpq", "released": "cpq",  # whose checkpoint a run starts from
+          "jsrl": "bear_lag", "pex": "bear_lag", "so2": "bear_lag"}
+RECORDED = ("_targets", "_loss", "_shortfall", "_likelihood", "composed_policy")  # ends of names
 
 
 def options_of(kind):
@@ -111,8 +112,8 @@ def options_of(kind):
     options = {name: value for name, value in options.items() if name in known}
     if kind not in ("rollouts", "scratch", "jsrl"):
         options = {**options, "dataset_path": str(dataset()[1])}
-    if kind not in ("cpq", "bear_lag", "bc_safe", "scratch"):
-        options = {**options, "checkpoint": f"{run('cpq').args.run_dir}/checkpoint.pt"}
+    if kind in SOURCE:
+        options = {**options, "checkpoint": f"{run(SOURCE[kind]).args.run_dir}/checkpoint.pt"}
     return options
 
 
@@ -124,7 +125,7 @@ def new_run(kind, **options):
     made_before = len(Ledger.made)
     with pytest.MonkeyPatch.context() as patch:
         recorded = marvel_sac_pid if script is marvel_released_pid else script
-        for name in RECORDED:
+        for name in [name for name in vars(recorded) if name.endswith(RECORDED)]:
             record(patch, calls, recorded, name)
         if hasattr(recorded, "VAE"):
             record(patch, calls, recorded.VAE, "loss")
@@ -139,9 +140,9 @@ run = functools.cache(new_run)  # tests share a run of the same options, and mus
 
 
 @functools.cache
-def start_from(mean, log_std=-5.0):
-    """A file like the offline run's, but for its policy: a = tanh(u), u ~ N(mean, exp(log_std)^2)."""
-    checkpoint = run("cpq").checkpoint
+def start_from(mean, log_std=-5.0, source="cpq"):
+    """A file like an offline run's, but for its policy: a = tanh(u), u ~ N(mean, exp(log_std)^2)."""
+    checkpoint = run(source).checkpoint
     bias = torch.tensor([*mean, *[log_std] * ACT_DIM])
     weight = torch.zeros_like(checkpoint["actor"]["head.weight"])
     file = Path(tempfile.mkdtemp(dir=FOLDER.name)) / "start.pt"
@@ -158,11 +159,11 @@ def steps_of(result):
     return arrays_of(steps)
 
 
-def evaluation_of(result, network="actor"):
-    """What a policy in a run's checkpoint gets, sampled with the run's seed and by its mean actions."""
+def evaluation_of(result, weights):
+    """What a policy of these weights gets, sampled with the run's seed and by its mean actions."""
     env, _ = common.make_env(TASK)
     actor = result.script.Actor(OBS_DIM, ACT_DIM)
-    actor.load_state_dict(result.checkpoint[network])
+    actor.load_state_dict(weights)
     policy, rng = actor.numpy_policy(), np.random.default_rng(result.args.seed)
     played = {"sampled": common.evaluate(env, lambda obs: policy(obs, rng), result.args.eval_episodes),
               "mean": common.evaluate(env, policy, result.args.eval_episodes)}
@@ -193,12 +194,10 @@ def frozen(value):
 
 
 def record(patch, calls, owner, name):
-    """Append every call of owner.name, if there is one, to `calls`: its arguments by name, and the result.
+    """Append every call of owner.name to `calls`: its arguments by name, and the result.
 
     Of networks it keeps what their parameters were, too.
     """
-    if not hasattr(owner, name):
-        return
     original = getattr(owner, name)
     signature = inspect.signature(original)
 
@@ -208,15 +207,15 @@ def record(patch, calls, owner, name):
         networks = {key: value for key, value in given.items() if isinstance(value, torch.nn.Module)}
         call |= {f"{key}_parameters": snapshot(network) for key, network in networks.items()}
         result = original(*args, **options)
-        calls.append(SimpleNamespace(function=name, **call, result=frozen(result)))
+        calls.append(SimpleNamespace(function=f"{owner.__name__}.{name}", **call, result=frozen(result)))
         return result
 
     patch.setattr(owner, name, spy)
 
 
 def of(result, *names):
-    """A run's recorded calls of functions of these names."""
-    return [call for call in result.calls if call.function in names]
+    """A run's recorded calls of functions whose names end so."""
+    return [call for call in result.calls if call.function.endswith(names)]
 
 
 def rows_of(batch, data, reward_scale=BOTH["reward_scale"]):

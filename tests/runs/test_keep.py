@@ -344,6 +344,17 @@ def test_signal_that_comes_while_it_is_asked_whether_to_save_is_not_lost(tmp_pat
     assert saved(tmp_path / "run")["progress"]["mini_steps"] >= 3
 
 
+def test_signal_that_comes_while_the_folder_is_opened_saves_too(tmp_path, mini, monkeypatch):
+    """The imports of TensorBoard take a second there."""
+    write_file = common.write_file
+    monkeypatch.setattr(common, "write_file", lambda path, content: (
+        write_file(path, content), path.name == "config.json" and os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
+        mini("run", checkpoint_every=100)
+    assert stopped.type is SystemExit
+    assert saved(tmp_path / "run")["progress"]["mini_steps"] == 1
+
+
 def test_disk_that_has_become_read_only_ends_the_run_with_one_line(tmp_path, mini, monkeypatch, capsys):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")

@@ -377,9 +377,14 @@ def test_folder_that_holds_anything_of_a_run_is_refused_with_both_ways_out(tmp_p
     assert {file.name: file.read_text() for file in (tmp_path / "run").iterdir()} == {name: "precious"}
 
 
-def test_overwriting_starts_from_nothing(tmp_path, settings, untouched):
+@pytest.mark.parametrize("at", [None, ("rename", 1), ("flush to disk", 1)])  # at both, of config.json
+def test_overwriting_starts_from_nothing_though_it_is_killed_while_it_starts(
+        tmp_path, settings, untouched, at):
     script, options = settings["cpq"]
     assert run(script, tmp_path / "run", at=("row", 2), do=kill, **{**options, "seed": 5})[0] == -9
+    if at:
+        assert run(script, tmp_path / "run", at=at, do=kill, overwrite=True, **options)[0] == -9
+        assert "has no config.json (start it again)" in error_line(*resume(script, tmp_path / "run"))
     status, printed = run(script, tmp_path / "run", overwrite=True, **options)
     assert status == 0, printed
     assert_same_end(tmp_path / "run", untouched("cpq")[0])
