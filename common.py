@@ -42,6 +42,7 @@ DATASET_KEYS = ("observations", "next_observations", "actions", "rewards", "cost
 CHECKPOINT_VERSION = 3
 RUN_FILES = ("config.json", "checkpoint.pt", "metrics.csv", "curves.png", "wandb_id", "events.out.tfevents.*")
 MAY_BE_RAISED = ("total_timesteps", "update_steps")  # by --resume
+GENERATORS = (np.random.Generator, torch.Generator)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 MISTAKE, FAILURE = 2, 1  # exit status: what the user has to mend, and what went wrong in a sound run
 
@@ -558,6 +559,8 @@ def state_of(part: Any) -> Any:
         return part.detach().clone()
     if isinstance(part, np.random.Generator):
         return part.bit_generator.state
+    if isinstance(part, torch.Generator):
+        return part.get_state()
     return part.state_dict()
 
 
@@ -569,6 +572,8 @@ def restore(part: Any, state: Any) -> None:
         part.data.copy_(state)
     elif isinstance(part, np.random.Generator):
         part.bit_generator.state = state
+    elif isinstance(part, torch.Generator):
+        part.set_state(state)
     else:
         part.load_state_dict(state)
 
@@ -689,6 +694,13 @@ class Run:
         constant: what has a state but stays as it is, a dataset.
         A part that main has among its variables and not here ends the run, now or at the next save.
         """
+        for name, part in parts.items():
+            can_be_put_back = isinstance(part, (dict, torch.Tensor, *GENERATORS)) or (
+                hasattr(part, "state_dict") and hasattr(part, "load_state_dict"))
+            stop_unless(can_be_put_back, f"run.keep cannot put back {name}, a {type(part).__name__}: give it "
+                        "a dict, or a class with state_dict and load_state_dict")
+        stop_unless(any(name.endswith("_steps") for name in progress),
+                    "run.keep: progress needs a number named ..._steps, or nothing says when to save")
         self.main_frame, self.constant = inspect.currentframe().f_back, constant
         check_memory(self.args, facts)
         self.facts, self.progress, self.parts = facts, progress, {"progress": progress, **parts}
@@ -925,7 +937,7 @@ def items_with_state(value: Any) -> list:
         return items_with_state(list(value.values()))
     if torch.is_tensor(value):
         return [value] if value.requires_grad and value.is_leaf else []
-    has_state = hasattr(value, "state_dict") or isinstance(value, np.random.Generator)
+    has_state = hasattr(value, "state_dict") or isinstance(value, GENERATORS)
     return [value] if has_state and not isinstance(value, type) else []
 
 

@@ -96,12 +96,12 @@ def signal_handlers():
 def refusal(capsys):
     """refusal(function, *arguments): checks exit status 2 and one line on stderr, and returns it."""
 
-    def check(function, *arguments):
+    def check(function, *arguments, **options):
         capsys.readouterr()
         with warnings.catch_warnings(), pytest.raises(SystemExit) as stopped:
             warnings.simplefilter("error")  # on a terminal a warning would be a second line
             warnings.simplefilter("ignore", ResourceWarning)
-            function(*arguments)
+            function(*arguments, **options)
         return single_line(stopped.value.code, capsys.readouterr().err)
 
     return check

@@ -380,3 +380,30 @@ def test_fresh_critics_need_the_offline_policy_only(tmp_path, refusal):
     assert "q" in refusal(marvel_sac_pid.main, marvel_sac_pid.Args(**options))
     marvel_sac_pid.main(marvel_sac_pid.Args(**options, vpa_critics="fresh"))
     assert saved(tmp_path / "run")["finished"]
+
+
+def keep_only(tmp_path, counter="mini_steps", **parts):
+    """run.keep of a script that hands it these."""
+    args = Args(run_dir=str(tmp_path / "run"))
+    common.Run(args, "mini", ("steps",)).keep(
+        dict(obs_dim=2, act_dim=1), {counter: 0}, **parts)
+
+
+@pytest.mark.parametrize("part", [[1.0, 2.0], 0.5, {1, 2}, object()], ids=["list", "number", "set", "object"])
+def test_part_that_cannot_be_put_back_is_refused_at_once(tmp_path, refusal, part):
+    line = refusal(keep_only, tmp_path, momentum=part)
+    assert "run.keep cannot put back momentum" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_that_counts_no_steps_is_refused_at_once(tmp_path, refusal):
+    assert "..._steps" in refusal(keep_only, tmp_path, "updates")
+
+
+def test_generator_of_torch_comes_back_and_is_missed(tmp_path, mini, refusal):
+    assert "run.keep lacks extra" in refusal(mini, "run", nothing, lambda _: torch.Generator())
+    generator = torch.Generator().manual_seed(3)
+    state = common.state_of(generator)
+    first = torch.rand(4, generator=generator)
+    common.restore(generator, state)
+    assert torch.equal(torch.rand(4, generator=generator), first)
