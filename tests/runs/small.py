@@ -116,6 +116,7 @@ def args_of(script, **options):
 def watched(main, args, pipe, at, do):
     """In the child: run main, count what SEEN lists, and call `do` just before occurrence at = (what, n)."""
     counts, printed = dict.fromkeys(SEEN, 0), io.StringIO()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` ignores it, and so would the run
 
     def watch(what, owner, name):
         original = getattr(owner, name)

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, run_script, single_line
+from conftest import ROOT, command_line, run_script, single_line
 from small import Payload, kill, kinds, run, saved, transitions, write_arrays
+from test_custom_environment import WRONG_STEPS
 
 import common
 import marvel_sac_pid
@@ -158,84 +159,114 @@ def made(name, content=None):
 NOT_HDF5, NOT_READ, NO_FILE = "not a readable HDF5 file", "not a readable checkpoint", "no such file"
 NO_CONFIG, OTHER_RUN = "has no config.json (start it again) or one of", "are not those of one run"
 OTHER, NO_PLACE = "takes no other option", "cannot write there"
-CASES = {
-    # --- Datasets and checkpoints ---
-    "data-half": (half("dataset_path", offline_pretrain), "broken", NOT_HDF5),
-    "data-half-for-finetuning": (half("dataset_path", marvel_sac_pid), "broken", NOT_HDF5),
-    "data-nowhere": (option(offline_pretrain, dataset_path="typo.hdf5"), "typo.hdf5", NO_FILE),
-    "data-name-too-long": (option(offline_pretrain, dataset_path="x" * 300), NO_FILE),
-    "data-without-costs": (dataset(costs=None), "broken.hdf5", "lacks the arrays costs"),
-    "data-nan-for-finetuning": (dataset(marvel_sac_pid, rewards=np.full(181, NAN)), "rewards is not finite"),
-    "data-other-task": (dataset(attributes={"task": "SafetyCarRun-v0"}), "from SafetyCarRun-v0, not"),
-    "data-nothing-safe-to-imitate": (dataset(bc_safe, costs=np.full(181, 99)), "no episode of cost <= 20"),
-    "checkpoint-half": (half("checkpoint", marvel_sac_pid), "broken", NOT_READ),
-    "checkpoint-code": (checkpoint(rng=Payload("created")), "broken.pt", NOT_READ),
-    "checkpoint-of-the-offline-run-not-made-yet": (
-        option(checkpoint=None), "--checkpoint runs/", NO_FILE, "`python offline_pretrain.py` makes one"),
-    "checkpoint-other-task": (checkpoint(env_id="SafetyCarCircle-v0"), "env_id is SafetyCarCircle-v0"),
-    "checkpoint-other-discount": (option(gamma=0.9), "gamma is 0.99, this run needs 0.9"),
-    "checkpoint-of-pex": (checkpoint(actor=None), "broken.pt", "actor"),
-    "checkpoint-unfinished": (checkpoint(finished=False), "broken.pt"),
-    # --- Options ---
-    **{f"{name}={value}": (option(**{name: value}), f"--{name.replace('_', '-')} {value}: must be between")
-       for name, value in [
-        ("cost_limit", -1.0), ("cost_limit", NAN), ("cost_limit", INF), ("cost_margin", 1.5), ("gamma", 1.0),
-        ("gamma", NAN), ("reward_scale", 0.0), ("batch_size", 0), ("critic_lr", 1.1), ("actor_lr", INF),
-        ("vpa_steps", -1), ("vpa_tau", 1.5), ("vpa_alpha", -0.01), ("total_timesteps", -1), ("utd", -0.25),
-        ("rollout_episodes", 0), ("learning_starts", -1), ("tau", 1.01), ("alpha", -1.0), ("adapt_rate", 2.0),
-        ("lagrange_init", -1.0), ("lagrange_init", NAN), ("lagrange_max", -1.0), ("kp", -1.0), ("kd", NAN),
-        ("eval_every", 0), ("eval_episodes", 0), ("checkpoint_every", 0), ("seed", -1), ("seed", 2**32)]},
-    **{f"offline-{name}={value}": (option(offline_pretrain, **{name: value}), f"{value}: must be between")
-       for name, value in [
-        ("cost_limit", NAN), ("update_steps", 0), ("vae_beta", -0.1), ("vae_lr", 2.0), ("bc_weight", NAN),
-        ("ood_actions", 0), ("ood_quantile", 1.1), ("ood_weight", -1.0)]},
-    "more-transitions-than-memory": (option(total_timesteps=10**9), "--total-timesteps", "this machine has"),
-    "from-scratch-with-checkpoint": (option(from_scratch=True), "takes neither --checkpoint nor"),
-    **({} if torch.cuda.is_available() else {
-        "no-gpu": (option(cuda=True), "--cuda: torch finds no GPU here")}),
-    # --- Tasks ---
-    "task-misspelt": (option(env_id="SafetyBalCircle-v0"), "the nearest names are SafetyBallCircle-v0"),
-    "task-without-costs-offline": (option(offline_pretrain, env_id="Pendulum-v1"), "no info['cost']"),
-    "task-without-dataset": (option(offline_pretrain, env_id="SafetyCarReach-v0", dataset_path=None),
-                             "SafetyCarReach-v0", "benchmark/tools/collect_dataset.py"),
-    # --- Where the run goes ---
-    "run-dir-below-a-file": (run_dir(lambda *_: "/dev/null/x"), f"{NO_PLACE} (Not a directory)"),
-    "run-dir-is-a-file": (run_dir(made("plain", b"text")), f"plain: {NO_PLACE} (File exists)"),
-    "run-dir-is-a-file-overwrite": (run_dir(made("plain", b"text"), overwrite=True), NO_PLACE),
-    "run-dir-name-too-long": (run_dir(lambda *_: "x" * 300), f"{NO_PLACE} (File name too long)"),
-    "metrics-is-a-folder": (run_dir(lambda *x: made("run/metrics.csv")(*x).parent), "(Is a directory)"),
-    "run-dir-holds-a-run": (run_dir(copied), "there: holds a run", "there` goes on with it", "--overwrite"),
-    "run-dir-of-another-process": (run_dir(lambda *x: lock_elsewhere(copied(*x)), overwrite=True),
-                                   "there: another process is writing there"),
-    # --- Resuming ---
-    **{f"resume-{where}": (option(script, resume=where), "--resume", NO_CONFIG) for where, script in {
-        "nowhere": marvel_sac_pid, "": marvel_sac_pid, ".": offline_pretrain, __file__: marvel_sac_pid,
-        "x" * 300: marvel_sac_pid}.items()},
-    "resume-offline-run-online": (resumed(unchanged, run="offline"), NO_CONFIG),
-    "resume-online-run-offline": (resumed(unchanged, offline_pretrain), NO_CONFIG),
-    "resume-with-other-options": (resumed(unchanged, cost_limit=30.0), OTHER),
-    "resume-with-run-dir": (resumed(unchanged, run_dir="elsewhere"), OTHER),
-    "resume-with-overwrite": (resumed(unchanged, offline_pretrain, "offline", overwrite=True), OTHER),
-    "resume-with-fewer-steps": (resumed(unchanged, total_timesteps=100), "may only raise it"),
-    **{f"resume-config-{name}": (resumed(change), NO_CONFIG) for name, change in {
-        "not-json": cut("config.json", -5), "empty": file("config.json", b""),
-        "bytes": file("config.json", b"\xff\xfe\x00{"), "list": file("config.json", b"[1, 2]"),
-        "unknown-option": config(colour="red"), "missing": removed("config.json")}.items()},
-    "resume-config-of-another-run": (resumed(config(seed=5)), OTHER_RUN),
-    "resume-config-out-of-range": (resumed(lambda folder: (
-        removed("checkpoint.pt")(folder), config(batch_size=0)(folder))), "--batch-size 0: must be between"),
-    "resume-metrics-shortened": (resumed(cut("metrics.csv", -10**6)), OTHER_RUN),
-    "resume-metrics-missing": (resumed(removed("metrics.csv")), OTHER_RUN),
-    "resume-checkpoint-truncated": (resumed(cut("checkpoint.pt", -1000)), "checkpoint.pt", NOT_READ),
-    "resume-checkpoint-code": (resumed(rewritten(rng=Payload("created"))), "checkpoint.pt", NOT_READ),
-    "resume-checkpoint-of-something-else": (resumed(
-        lambda folder: common.save_checkpoint(folder / "checkpoint.pt", {"actor": {}})), "stopped"),
-    "resume-other-data": (resumed(rewritten(dataset_sha256="0")), "checkpoint.pt", "dataset_sha256 is 0"),
-    "resume-without-hash": (resumed(rewritten(dataset_sha256=None), offline_pretrain, "offline"),
-                            "dataset_sha256 is None"),
-    "resume-dataset-gone": (resumed(with_data("gone.hdf5")), "--dataset-path gone.hdf5", NO_FILE),
-    "resume-in-another-process": (resumed(lock_elsewhere), "--run-dir", "another process is writing"),
+KINDS = {
+    "task": {
+        "misspelt": (option(env_id="SafetyBalCircle-v0"), "the nearest names are SafetyBallCircle-v0"),
+        "no-name": (option(env_id=""), "--env-id"),
+        "without-costs": (option(env_id="Pendulum-v1"), "no info['cost']"),
+        "without-costs-offline": (option(offline_pretrain, env_id="Pendulum-v1"), "no info['cost']"),
+        "discrete-actions": (option(env_id="CartPole-v1"), "must be boxes of one dimension"),
+        "module-missing": (option(env_id="no_such_module:Task-v0"), "no_such_module"),
+        "not-in-its-module": (option(env_id="small:Other-v0"), "does not run", "Other"),
+        "without-dataset": (option(offline_pretrain, env_id="SafetyCarReach-v0", dataset_path=None),
+                            "SafetyCarReach-v0", "benchmark/tools/collect_dataset.py"),
+    },
+    "data": {
+        "half": (half("dataset_path", offline_pretrain), "broken", NOT_HDF5),
+        "half-for-finetuning": (half("dataset_path", marvel_sac_pid), "broken", NOT_HDF5),
+        "nowhere": (option(offline_pretrain, dataset_path="typo.hdf5"), "typo.hdf5", NO_FILE),
+        "a-folder": (option(offline_pretrain, dataset_path="."), "--dataset-path"),
+        "name-too-long": (option(offline_pretrain, dataset_path="x" * 300), NO_FILE),
+        "without-costs": (dataset(costs=None), "broken.hdf5", "lacks the arrays costs"),
+        "nan-for-finetuning": (dataset(marvel_sac_pid, rewards=np.full(181, NAN)), "rewards is not finite"),
+        "negative-cost": (dataset(costs=np.full(181, -1)), "broken.hdf5", "costs"),
+        "other-lengths": (dataset(rewards=np.zeros(180)), "broken.hdf5", "(180, 3)"),
+        "no-transitions": (
+            dataset(**{key: array[:0] for key, array in transitions().items()}), "broken.hdf5"),
+        "other-dimension": (dataset(actions=np.zeros((181, 3))), "broken.hdf5", "actions"),
+        "actions-out-of-bounds": (dataset(actions=np.full((181, 2), 1.5)), "broken.hdf5", "actions"),
+        "other-task": (dataset(attributes={"task": "SafetyCarRun-v0"}), "from SafetyCarRun-v0, not"),
+        "nothing-safe-to-imitate": (dataset(bc_safe, costs=np.full(181, 99)), "no episode of cost <= 20"),
+    },
+    "checkpoint": {
+        "half": (half("checkpoint", marvel_sac_pid), "broken", NOT_READ),
+        "code": (checkpoint(rng=Payload("created")), "broken.pt", NOT_READ),
+        "of-the-offline-run-not-made-yet": (
+            option(checkpoint=None), "--checkpoint runs/", NO_FILE, "`python offline_pretrain.py` makes one"),
+        "other-task": (checkpoint(env_id="SafetyCarCircle-v0"), "env_id is SafetyCarCircle-v0"),
+        "other-discount": (option(gamma=0.9), "gamma is 0.99, this run needs 0.9"),
+        "other-reward-scale": (option(reward_scale=1.0), "reward_scale is 0.1, this run needs 1.0"),
+        "of-pex": (checkpoint(actor=None), "broken.pt", "actor"),
+        "unfinished": (checkpoint(finished=False), "broken.pt"),
+        "a-folder": (option(checkpoint="."), "--checkpoint"),
+        **{f"resume-{name}": case for name, case in {
+            "truncated": (resumed(cut("checkpoint.pt", -1000)), "checkpoint.pt", NOT_READ),
+            "code": (resumed(rewritten(rng=Payload("created"))), "checkpoint.pt", NOT_READ),
+            "something-else": (resumed(lambda folder: common.save_checkpoint(
+                folder / "checkpoint.pt", {"actor": {}})), "stopped"),
+            "other-data": (resumed(rewritten(dataset_sha256="0")), "checkpoint.pt", "dataset_sha256 is 0"),
+            "without-hash": (resumed(rewritten(dataset_sha256=None), offline_pretrain, "offline"),
+                             "dataset_sha256 is None")}.items()},
+    },
+    "option": {
+        **{f"{name}={value}": (option(**{name: value}),
+                               f"--{name.replace('_', '-')} {value}: must be between")
+           for name, value in [
+            ("cost_limit", -1.0), ("cost_limit", NAN), ("cost_limit", INF), ("cost_margin", 1.5),
+            ("gamma", 1.0), ("gamma", NAN), ("reward_scale", 0.0), ("batch_size", 0), ("critic_lr", 1.1),
+            ("actor_lr", INF), ("vpa_steps", -1), ("vpa_tau", 1.5), ("vpa_alpha", -0.01),
+            ("total_timesteps", -1), ("utd", -0.25), ("rollout_episodes", 0), ("learning_starts", -1),
+            ("tau", 1.01), ("alpha", -1.0), ("adapt_rate", 2.0), ("lagrange_init", -1.0),
+            ("lagrange_init", NAN), ("lagrange_max", -1.0), ("kp", -1.0), ("kd", NAN), ("eval_every", 0),
+            ("eval_episodes", 0), ("checkpoint_every", 0), ("seed", -1), ("seed", 2**32)]},
+        **{f"offline-{name}={value}": (option(offline_pretrain, **{name: value}), f"{value}: must be between")
+           for name, value in [
+            ("cost_limit", NAN), ("update_steps", 0), ("vae_beta", -0.1), ("vae_lr", 2.0),
+            ("bc_weight", NAN), ("ood_actions", 0), ("ood_quantile", 1.1), ("ood_weight", -1.0)]},
+        "from-scratch-with-checkpoint": (option(from_scratch=True), "takes neither --checkpoint nor"),
+        **({} if torch.cuda.is_available() else {
+            "no-gpu": (option(cuda=True), "--cuda: torch finds no GPU here")}),
+        **{f"resume-{where}": (option(script, resume=where), "--resume", NO_CONFIG)
+           for where, script in {"nowhere": marvel_sac_pid, "": marvel_sac_pid, ".": offline_pretrain,
+                                 __file__: marvel_sac_pid, "x" * 300: marvel_sac_pid}.items()},
+        "resume-offline-run-online": (resumed(unchanged, run="offline"), NO_CONFIG),
+        "resume-online-run-offline": (resumed(unchanged, offline_pretrain), NO_CONFIG),
+        "resume-with-other-options": (resumed(unchanged, cost_limit=30.0), OTHER),
+        "resume-with-run-dir": (resumed(unchanged, run_dir="elsewhere"), OTHER),
+        "resume-with-overwrite": (resumed(unchanged, offline_pretrain, "offline", overwrite=True), OTHER),
+        "resume-with-fewer-steps": (resumed(unchanged, total_timesteps=100), "may only raise it"),
+    },
+    "file system": {
+        "run-dir-below-a-file": (run_dir(lambda *_: "/dev/null/x"), f"{NO_PLACE} (Not a directory)"),
+        "run-dir-is-a-file": (run_dir(made("plain", b"text")), f"plain: {NO_PLACE} (File exists)"),
+        "run-dir-is-a-file-overwrite": (run_dir(made("plain", b"text"), overwrite=True), NO_PLACE),
+        "run-dir-name-too-long": (run_dir(lambda *_: "x" * 300), f"{NO_PLACE} (File name too long)"),
+        "metrics-is-a-folder": (run_dir(lambda *x: made("run/metrics.csv")(*x).parent), "(Is a directory)"),
+        "run-dir-holds-a-run": (
+            run_dir(copied), "there: holds a run", "there` goes on with it", "--overwrite"),
+        **{f"resume-config-{name}": (resumed(change), NO_CONFIG) for name, change in {
+            "not-json": cut("config.json", -5), "empty": file("config.json", b""),
+            "bytes": file("config.json", b"\xff\xfe\x00{"), "list": file("config.json", b"[1, 2]"),
+            "unknown-option": config(colour="red"), "missing": removed("config.json")}.items()},
+        "resume-config-of-another-run": (resumed(config(seed=5)), OTHER_RUN),
+        "resume-config-out-of-range": (resumed(lambda folder: (
+            removed("checkpoint.pt")(folder), config(batch_size=0)(folder))),
+            "--batch-size 0: must be between"),
+        "resume-metrics-shortened": (resumed(cut("metrics.csv", -10**6)), OTHER_RUN),
+        "resume-metrics-missing": (resumed(removed("metrics.csv")), OTHER_RUN),
+        "resume-dataset-gone": (resumed(with_data("gone.hdf5")), "--dataset-path gone.hdf5", NO_FILE),
+    },
+    "process": {
+        "run-dir-of-another": (run_dir(lambda *x: lock_elsewhere(copied(*x)), overwrite=True),
+                               "there: another process is writing there"),
+        "resume-in-another": (resumed(lock_elsewhere), "--run-dir", "another process is writing"),
+        "resume-in-another-offline": (
+            resumed(lock_elsewhere, offline_pretrain, "offline"), "--run-dir", "another process is writing"),
+        "more-transitions-than-memory": (
+            option(total_timesteps=10**9), "--total-timesteps", "this machine has"),
+    },
 }
+CASES = {f"{kind}: {name}": case for kind, cases in KINDS.items() for name, case in cases.items()}
 
 
 @pytest.fixture
@@ -284,7 +315,16 @@ def test_bad_input_is_named_in_one_line_and_nothing_is_written(sound, folder, re
         assert snapshot(folder) == before
 
 
-@pytest.mark.parametrize("name", ["checkpoint-code", "resume-config-not-json"])
+@pytest.mark.pins
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, asking for one is no mistake")
+def test_readme_counts_the_cases_by_kinds():
+    counts = ", ".join(f"{kind} {len(cases)}" for kind, cases in KINDS.items())
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"in {len(CASES)} ways ({counts})" in text
+    assert f"({len(WRONG_STEPS)} ways, `tests/runs/test_custom_environment.py`)" in text
+
+
+@pytest.mark.parametrize("name", ["checkpoint: code", "file system: resume-config-not-json"])
 def test_command_line_ends_with_status_2_and_without_traceback(sound, folder, name):
     build, *words = CASES[name]
     script, options = build(sound, folder)

@@ -135,7 +135,7 @@ def test_number_and_observation_in_any_wrapping_are_taken(register, change):
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize(("change", "says"), [
+WRONG_STEPS = [  # what the step becomes, and what the line says
     (with_info({}), "cost"), (with_cost(None), "info['cost']"), (with_cost("1"), "info['cost']"),
     (with_cost(np.zeros(2)), "info['cost']"), (with_cost([[1], [2, 3]]), "info['cost']"),
     (with_cost(NAN), "info['cost'] is not finite: nan"), (with_cost(-1.0), "a cost is not negative"),
@@ -148,7 +148,10 @@ NAN, INF = float("nan"), float("inf")
     (with_obs([0.0, NAN, 0.0]), "the observation is not finite"),
     (with_obs([0.0, 1e300, 0.0]), "the observation is not finite"),
     (with_obs({"a": 1}), "observation"), (with_obs(None), "observation"),
-    (with_obs(torch.zeros(3, requires_grad=True)), "observation")])
+    (with_obs(torch.zeros(3, requires_grad=True)), "observation")]
+
+
+@pytest.mark.parametrize(("change", "says"), WRONG_STEPS)
 def test_step_that_gives_something_else_in_mid_run_ends_it_with_one_line(register, refusal, change, says):
     env, _ = common.make_env(register(change=change, after=7))  # two steps are make_env's
 

@@ -299,6 +299,16 @@ def test_script_can_be_called_again_in_one_process(tmp_path, mini, first, error)
     assert mini("run", overwrite=True)["finished"]
 
 
+def test_run_under_nohup_goes_on_when_its_terminal_closes(mini):
+    before, at_work = signal.signal(signal.SIGHUP, signal.SIG_IGN), []
+    try:
+        assert mini("run", lambda step: at_work.append(handlers()))["finished"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    for interrupt, terminate, hang_up in at_work:
+        assert hang_up == signal.SIG_IGN and interrupt == terminate != signal.SIG_DFL
+
+
 def test_scripts_are_good_guests_too(tmp_path, monkeypatch):
     """Ctrl-C in the first of two calls, then --resume, all in this process."""
     before, step, settings = handlers(), torch.optim.Adam.step, kinds(tmp_path)
