@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+import typing
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from types import UnionType
 from typing import Any, NoReturn
 
 import gymnasium as gym
@@ -37,12 +39,16 @@ import torch
 from tqdm import tqdm
 
 DSRL_MIRROR = "YYY-45/DSRL"  # as in DSRL's main branch; the address inside the published package is dead
-SHIPPED_DATASETS = Path(__file__).parent / "datasets"
+ROOT = Path(__file__).resolve().parent
+SCRIPT_FOLDERS = (ROOT, ROOT / "benchmark/baselines")
+SHIPPED_DATASETS = ROOT / "datasets"
 DATASET_KEYS = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
 CHECKPOINT_VERSION = 3
 RUN_FILES = ("config.json", "checkpoint.pt", "metrics.csv", "curves.png", "wandb_id", "events.out.tfevents.*")
 MAY_BE_RAISED = ("total_timesteps", "update_steps")  # by --resume
 GENERATORS = (np.random.Generator, torch.Generator)
+LONG_EPISODE = 100_000  # steps, of which one is told
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 MISTAKE, FAILURE = 2, 1  # exit status: what the user has to mend, and what went wrong in a sound run
 
@@ -51,7 +57,7 @@ OPTION_BOUNDS = {
     "seed": (0, 2**32 - 1),
     "gamma": (0, 0.9999),
     "reward_scale": (1e-9, 1e9),
-    "batch_size": (1, 1e9),
+    "batch_size": (1, 1e6),
     "critic_lr": (0, 1),
     "actor_lr": (0, 1),
     "vae_lr": (0, 1),
@@ -67,7 +73,7 @@ OPTION_BOUNDS = {
     "rollout_episodes": (1, 1e9),
     "checkpoint_every": (1, 1e9),
     "eval_every": (1, 1e9),
-    "eval_episodes": (1, 1e9),
+    "eval_episodes": (1, 1e5),
     "alpha": (0, 1e9),
     "vpa_alpha": (0, 1e9),
     "vpa_alpha_cost": (0, 1e9),
@@ -104,6 +110,25 @@ def stop_unless(condition: Any, message: str) -> None:
         stop(message)
 
 
+def checked_option(name: str, value: Any, hint: Any) -> Any:
+    """An option's value, whole floats as int where that is asked for; stops if it is none of its types."""
+    for kind in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else [hint]:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if typing.get_origin(kind) is typing.Literal:
+            if isinstance(value, str) and value in typing.get_args(kind):
+                return value
+        elif kind is int:
+            if is_number and float(value).is_integer():
+                return int(value)
+        elif kind is float:
+            if is_number:
+                return value
+        elif isinstance(value, typing.get_origin(kind) or kind):
+            return value
+    words = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+    stop(f"--{name.replace('_', '-')} {value!r:.60}: must be {words}")
+
+
 def check_options(args: Any) -> None:
     """Stop at the first option that makes no sense."""
     for name, (low, high) in OPTION_BOUNDS.items():
@@ -133,6 +158,12 @@ class Task:
     action_low: np.ndarray | None = None  # the simulator's own bounds (act_dim,); None: -1 and 1
     action_high: np.ndarray | None = None
 
+    def facts(self) -> dict:
+        """What a checkpoint of this task must agree in: its name, sizes, and bounds of actions."""
+        bounds = {"action_low": self.action_low, "action_high": self.action_high}
+        return {"env_id": self.env_id, "obs_dim": self.obs_dim, "act_dim": self.act_dim,
+                **{name: None if array is None else array.tolist() for name, array in bounds.items()}}
+
     def scaled_actions(self, actions: np.ndarray) -> np.ndarray:
         """Actions in the simulator's own units -> in [-1, 1], what the scripts use."""
         if self.action_low is None:
@@ -160,13 +191,16 @@ class SafeEnv(gym.Wrapper):
     """A task as all scripts step it: seeded alike whatever the simulator draws from, and checked.
 
     Observations are float32 (obs_dim,), the reward and info["cost"] finite floats, the cost not negative.
-    Anything else ends the program with one line. The simulator gets a copy of the action.
+    Anything else ends the program with one line. The simulator gets a copy of the action. An episode is
+    truncated after `time_limit` steps.
     """
 
-    def __init__(self, env: gym.Env, env_id: str):
+    def __init__(self, env: gym.Env, env_id: str, time_limit: float = math.inf):
         super().__init__(env)
         self.env_id = env_id
+        self.time_limit = time_limit
         self.steps = 0  # since it was made
+        self.episode_steps = 0
 
     def reset(self, *, seed: int, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Start the episode that `seed` stands for.
@@ -180,23 +214,37 @@ class SafeEnv(gym.Wrapper):
             self.unwrapped.reset()
         np.random.seed(seed % 2**32)
         random.seed(seed)  # an environment of one's own may draw from it
-        obs, info = self.env.reset(seed=seed, options=options)
+        self.episode_steps = 0
+        result = self.env.reset(seed=seed, options=options)
+        stop_unless(isinstance(result, tuple) and len(result) == 2,
+                    f"{self.place()}: reset() must return an observation and info")
+        obs, info = result
         return self.checked_observation(obs), info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """One step of the simulator."""
         self.steps += 1
+        self.episode_steps += 1
+        if self.episode_steps == LONG_EPISODE:
+            tqdm.write(f"warning: {self.place()}: this episode has {LONG_EPISODE} steps and no end; nothing "
+                       "is learnt or saved before it ends", sys.stderr)
         if not np.isfinite(action).all():  # a message is made only where one is needed: that takes time
             stop(f"{self.place()}: the policy's action is not finite: {action}")
-        obs, reward, terminated, truncated, info = self.env.step(np.array(action))
+        result = self.env.step(np.array(action))
+        if not isinstance(result, tuple) or len(result) != 5:
+            stop(f"{self.place()}: step() must return five values: observation, reward, terminated, "
+                 "truncated, info")
+        obs, reward, terminated, truncated, info = result
         if not isinstance(info, dict) or "cost" not in info:
-            stop(f"{self.place()}: info has no 'cost', which every step must have")
+            stop(f"{self.place()}: there is no info['cost'], which every step must have")
         cost = self.checked_number("info['cost']", info["cost"])
         if cost < 0:
             stop(f"{self.place()}: info['cost'] is {cost:g}; a cost is not negative")
         reward = self.checked_number("the reward", reward)
         obs = self.checked_observation(obs)
-        return obs, reward, bool(terminated), bool(truncated), {**info, "cost": cost}
+        terminated = self.checked_flag("terminated", terminated)
+        truncated = self.checked_flag("truncated", truncated) or self.episode_steps >= self.time_limit
+        return obs, reward, terminated, truncated, {**info, "cost": cost}
 
     def place(self) -> str:
         """Where a message is from."""
@@ -225,9 +273,18 @@ class SafeEnv(gym.Wrapper):
         if array.dtype.kind not in "fiub" or array.size != 1:
             stop(f"{self.place()}: {name} must be a number, it is {value!r:.60}")
         number = float(array.reshape(()))
-        if not math.isfinite(number):
+        if not abs(number) <= FLOAT32_MAX:  # nan is not either
             stop(f"{self.place()}: {name} is not finite: {number}")
         return number
+
+    def checked_flag(self, name: str, value: Any) -> bool:
+        """A bool of a 0 or 1 in any wrapping."""
+        if isinstance(value, (bool, np.bool_)):
+            return bool(value)
+        number = self.checked_number(name, value)
+        if number not in (0, 1):
+            stop(f"{self.place()}: {name} must be True or False, it is {value!r:.60}")
+        return bool(number)
 
 
 def make_env(env_id: str) -> tuple[SafeEnv, Task]:
@@ -256,9 +313,11 @@ def make_env(env_id: str) -> tuple[SafeEnv, Task]:
             env = gym.make(plain_spec, disable_env_checker=True)
         spaces = env.observation_space, env.action_space
         are_boxes = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
-        stop_unless(are_boxes and spaces[1].is_bounded(),
-                    f"--env-id {env_id}: observations and bounded actions must be boxes of one dimension: "
+        stop_unless(are_boxes, f"--env-id {env_id}: observations and actions must be boxes of one dimension: "
                     f"{spaces}")
+        width = spaces[1].high.astype(np.float64) - spaces[1].low
+        stop_unless((width > 0).all() and (width <= FLOAT32_MAX).all(),
+                    f"--env-id {env_id}: every action needs finite bounds, one below the other: {spaces[1]}")
         middle = (env.action_space.low + env.action_space.high) / 2
         SafeEnv(env, env_id).reset(seed=0)
         returned = len(env.step(middle))
@@ -267,15 +326,14 @@ def make_env(env_id: str) -> tuple[SafeEnv, Task]:
         if returned == 6:
             from safety_gymnasium.wrappers import SafetyGymnasium2Gymnasium
             env = SafetyGymnasium2Gymnasium(env)  # Safety-Gymnasium's own step returns the cost by itself
-        SafeEnv(env, env_id).reset(seed=0)
-        _, _, _, _, info = env.step(middle)
+        probe = SafeEnv(env, env_id)
+        probe.reset(seed=0)
+        probe.step(middle)
     except Exception as error:  # a simulator that is not installed, a constructor with arguments, ...
         stop(f"--env-id {env_id}: does not run ({type(error).__name__}: {error!s:.100})")
-    stop_unless(isinstance(info, dict) and "cost" in info,
-                f"--env-id {env_id}: its step() gives no info['cost'] to keep under a limit")
     horizon = spec.max_episode_steps or infos.DEFAULT_MAX_EPISODE_STEPS.get(name)
-    stop_unless(horizon, f"--env-id {env_id}: it has no time limit; register it with max_episode_steps")
-    env = gym.wrappers.TimeLimit(env, horizon)
+    stop_unless(horizon and horizon > 0,
+                f"--env-id {env_id}: it has no time limit; register it with max_episode_steps")
     action_low = action_high = None
     if (env.action_space.low != -1).any() or (env.action_space.high != 1).any():
         action_low, action_high = env.action_space.low, env.action_space.high
@@ -286,12 +344,12 @@ def make_env(env_id: str) -> tuple[SafeEnv, Task]:
     (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
     task = Task(env_id, obs_dim, act_dim, horizon, min_return, max_return, dataset_file, action_low,
                 action_high)
-    return SafeEnv(env, env_id), task
+    return SafeEnv(env, env_id, horizon), task
 
 
 def usual_name(env_id: str) -> str:
     """One name for a task: DSRL's Offline... is its Safety...; modules that are imported anyway go."""
-    for prefix in ("safety_gymnasium:", "bullet_safety_gym:"):
+    for prefix in ("safety_gymnasium:", "bullet_safety_gym:", "dsrl:"):
         env_id = env_id.removeprefix(prefix)
     return re.sub("^Offline", "Safety", env_id)
 
@@ -365,10 +423,10 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
     units, as DSRL's do; they are returned in [-1, 1].
     """
     raw, attributes = read_arrays(path)
-    made_for = str(attributes.get("task", ""))
-    is_name = re.fullmatch(r"([\w.]+:)?[\w-]+-v\d+", made_for)  # other people's files may hold a sentence
-    same_task = made_for.rpartition(":")[2] == task.env_id.rpartition(":")[2]
-    stop_unless(same_task or not is_name, f"{path}: collected from {made_for}, not from {task.env_id}")
+    made_for = task_of_file(attributes)
+    is_task = ":" in made_for or made_for in gym.registry  # other people's files may hold anything
+    stop_unless(same_task(made_for, task) or not is_task,
+                f"{path}: collected from {made_for}, not from {task.env_id}")
     n = len(raw["rewards"])
     stop_unless(n > 1, f"{path}: holds {n} transitions, at least two are needed")
     shapes = {"observations": (n, task.obs_dim), "next_observations": (n, task.obs_dim),
@@ -393,10 +451,24 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
     return data
 
 
+def task_of_file(attributes: dict) -> str:
+    """The task that a file's attribute names, or ""."""
+    values = np.ravel(attributes.get("task", ""))
+    return usual_name(str(plain(values[0]))) if len(values) else ""
+
+
+def same_task(name: str, task: Task) -> bool:
+    """Whether a name is the task's, be it of another module."""
+    return name.rpartition(":")[2] == task.env_id.rpartition(":")[2]
+
+
 def scale_file_actions(path: Path, actions: torch.Tensor, task: Task, attributes: dict) -> torch.Tensor:
     """A file's actions in [-1, 1]; stops with one line if they are outside the task's bounds."""
-    # what this project wrote before it wrote "action_units" has a seed and is in [-1, 1] already
-    scaled_before = "seed" in attributes and "action_units" not in attributes
+    units = attributes.get("action_units", "simulator")
+    stop_unless(str(units) == "simulator", f"{path}: its action_units are {units}, not 'simulator'")
+    # what this project wrote before it wrote "action_units" is in [-1, 1] already
+    scaled_before = ({"task", "seed"} <= set(attributes) <= {"task", "seed", "command", "versions"}
+                     and same_task(task_of_file(attributes), task))
     if task.action_low is None or scaled_before:
         bounds, scaled = "[-1, 1]", actions
     else:
@@ -416,8 +488,7 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
             arrays = {key: file[key] for key in DATASET_KEYS if isinstance(file.get(key), h5py.Dataset)}
             missing = [key for key in DATASET_KEYS if key not in arrays or arrays[key].ndim == 0]
             stop_unless(not missing, f"{path}: not a DSRL dataset, it lacks the arrays {', '.join(missing)}")
-            attributes = {name: value.decode(errors="replace") if isinstance(value, bytes) else value
-                          for name, value in file.attrs.items()}
+            attributes = {name: plain(value) for name, value in file.attrs.items()}
             return {key: array[()] for key, array in arrays.items()}, attributes
     except Exception as error:  # h5py raises many types
         stop(f"{path}: not a readable HDF5 file ({error!s:.100})")
@@ -590,19 +661,22 @@ def is_finite(state: Any) -> bool:
 
 
 # --- Runs ---
-open_runs = threading.local()  # those that a script's main has begun, per thread
+open_runs = []  # the run that a script's main has begun
+main_at_work = threading.Lock()
 
 
 def closes_its_run(main: Callable) -> Callable:
     """Decorator of a script's main: its run is closed however it ends, so that it can be called again."""
     @functools.wraps(main)
     def closing_main(args):
-        with patient_streams():
-            try:
-                return main(args)
-            finally:
-                for run in vars(open_runs).pop("runs", []):
-                    run.close()
+        stop_unless(main_at_work.acquire(blocking=False), "a run is at work in this process, which has one "
+                    "random state: start the other in a process of its own")
+        try:
+            return main(args)
+        finally:
+            while open_runs:
+                open_runs.pop().close()
+            main_at_work.release()
 
     return closing_main
 
@@ -638,13 +712,16 @@ class PatientStream:
 
 @contextmanager
 def patient_streams() -> Iterator[None]:
-    """A broken pipe or a closed stream does not end the program; a notebook's own streams are left alone."""
+    """A program's standard streams as patient ones: a broken pipe or a closed stream does not end it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed: or a file of ours would get the number
+        pass
+    os.close(number)
     before = sys.stdout, sys.stderr
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by `>&-`
             setattr(sys, name, open(os.devnull, "w"))
-        elif stream is getattr(sys, f"__{name}__"):
+        else:
             setattr(sys, name, PatientStream(stream))
     try:
         yield
@@ -662,7 +739,9 @@ class Run:
     """
 
     def __init__(self, args: Any, script: str, columns: tuple[str, ...]):
-        args = replace(args, **{name: plain(value) for name, value in vars(args).items()})
+        hints = typing.get_type_hints(type(args))
+        args = replace(args, **{name: checked_option(name, plain(value), hints[name])
+                                for name, value in vars(args).items()})
         args = replace(args, env_id=usual_name(args.env_id))
         self.script, self.columns = script, columns
         self.args, self.config = args, json.loads(json.dumps(asdict(args)))
@@ -670,11 +749,11 @@ class Run:
         if args.resume is not None:
             self.args, self.config, self.saved = read_run(args)
         check_options(self.args)
-        name = f"{self.args.env_id}__{script}__seed{self.args.seed}"
-        if "WANDB_SWEEP_ID" in os.environ:  # the runs of a sweep share task and seed
-            name += f"__{os.environ.get('WANDB_RUN_ID', '')}"
-        self.dir = Path(self.args.run_dir or f"runs/{name}")
-        self.command = f"`{shlex.join(['python', sys.argv[0], '--resume', str(self.dir)])}`"
+        self.dir = Path(self.args.run_dir or default_run_dir(self.args, script))
+        program = sys.argv[0]
+        if Path(program).resolve().parent not in SCRIPT_FOLDERS:  # a notebook's, or another program
+            program = os.path.relpath(inspect.currentframe().f_back.f_globals["__file__"])
+        self.command = f"`{shlex.join(['python', program, '--resume', str(self.dir)])}`"
         self.signal = 0  # the last one that asked for an end
         self.signal_time = -math.inf
         self.handlers = {}
@@ -699,6 +778,8 @@ class Run:
                 hasattr(part, "state_dict") and hasattr(part, "load_state_dict"))
             stop_unless(can_be_put_back, f"run.keep cannot put back {name}, a {type(part).__name__}: give it "
                         "a dict, or a class with state_dict and load_state_dict")
+        stop_unless(not facts.keys() & parts.keys(), "run.keep: a fact has the name of a part: "
+                    f"{', '.join(facts.keys() & parts.keys())}")
         stop_unless(any(name.endswith("_steps") for name in progress),
                     "run.keep: progress needs a number named ..._steps, or nothing says when to save")
         self.main_frame, self.constant = inspect.currentframe().f_back, constant
@@ -708,7 +789,7 @@ class Run:
         if self.resumed:
             self.put_back()
         self.saved_at = self.step
-        vars(open_runs).setdefault("runs", []).append(self)
+        open_runs.append(self)
         self.open_folder()
 
     @property
@@ -814,7 +895,8 @@ class Run:
             import wandb
             known_id = id_file.read_text() if self.args.resume and id_file.exists() else None
             self.wandb_run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "marvel"), name=self.dir.name, dir=self.dir,
+                # its folder is not within the run's, or it would copy its own copies of the events
+                project=os.environ.get("WANDB_PROJECT", "marvel"), name=self.dir.name, dir=self.dir.parent,
                 config=self.config, sync_tensorboard=True, save_code=True, id=known_id, resume="allow")
         except Exception as error:  # it raises many types
             stop(f"--track: Weights & Biases cannot start ({error!s:.100}); WANDB_MODE=offline needs no "
@@ -942,10 +1024,20 @@ def items_with_state(value: Any) -> list:
 
 
 def plain(value: Any) -> Any:
-    """An option's value as JSON can hold it: a path as text, NumPy's number as Python's."""
+    """A value as JSON can hold it: a path and bytes as text, NumPy's number as Python's."""
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
     return value.item() if isinstance(value, np.generic) else value
+
+
+def default_run_dir(args: Any, script: str) -> str:
+    """Folder of a script's run: the runs of a W&B sweep share task and seed, so its id is in their names."""
+    name = f"{args.env_id}__{script}__seed{args.seed}"
+    if "WANDB_SWEEP_ID" in os.environ:
+        name += f"__{os.environ.get('WANDB_RUN_ID', '')}"
+    return f"runs/{name}"
 
 
 def check_memory(args: Any, facts: dict) -> None:
@@ -965,7 +1057,8 @@ def read_run(args: Any) -> tuple[Any, dict, dict | None]:
     """
     folder = Path(args.resume)
     given = {name: value for name, value in vars(args).items() if value != getattr(type(args), name, None)}
-    if type(args).__module__ == "__main__":  # what is typed counts, though it be the default
+    typed = [word.removeprefix("--resume=") for word in sys.argv]
+    if args.resume in typed:  # what is typed counts, though it be the default
         words = [word for word in sys.argv[1:] if word.startswith("--")]
         names = [word[2:].partition("=")[0].replace("-", "_") for word in words]
         given |= {name: getattr(args, name, None) for name in names}

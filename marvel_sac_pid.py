@@ -426,8 +426,8 @@ def main(args: Args) -> None:
 
     # --- Offline policy, critics and dataset ---
     # what both phases must agree on
-    facts = dict(env_id=args.env_id, obs_dim=task.obs_dim, act_dim=task.act_dim, hidden=256,
-                 activation="relu", gamma=args.gamma, reward_scale=args.reward_scale)
+    facts = task.facts() | dict(hidden=256, activation="relu", gamma=args.gamma,
+                                reward_scale=args.reward_scale)
     if not args.from_scratch and not run.resumed:
         checkpoint = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
         if args.vpa_critics == "offline":
@@ -468,7 +468,8 @@ def main(args: Args) -> None:
     progress = dict(vpa_steps=0, aligned=False, env_steps=0, episode=0, cumulative_cost=0.0,
                     violation_regret=0.0)
     evaluations = {}
-    run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256), progress,
+    run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256,
+                          law=type(controller).__name__), progress,
              actor=actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target, log_alpha=log_alpha,
              critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
              alpha_optimizer=alpha_optimizer, controller=controller, buffer=buffer, rng=rng,
@@ -611,4 +612,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with common.patient_streams():
+        main(tyro.cli(Args))

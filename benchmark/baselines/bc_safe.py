@@ -233,8 +233,8 @@ def main(args: Args) -> None:
     q = Critic(2, task.obs_dim, task.act_dim).to(device)
     qc = Critic(1, task.obs_dim, task.act_dim).to(device)
     # what both phases must agree on
-    facts = dict(env_id=args.env_id, obs_dim=task.obs_dim, act_dim=task.act_dim, hidden=256,
-                 activation="relu", gamma=args.gamma, reward_scale=args.reward_scale)
+    facts = task.facts() | dict(hidden=256, activation="relu", gamma=args.gamma,
+                                reward_scale=args.reward_scale)
     # Layers of a VAE, which nothing uses, were made here when the recorded results were. They draw from the
     # random state: without them other numbers of the same kind come out.
     vae_sizes = (task.obs_dim + task.act_dim, 256, 256, 4 * task.act_dim), \
@@ -282,4 +282,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with common.patient_streams():
+        main(tyro.cli(Args))

@@ -379,8 +379,8 @@ def main(args: Args) -> None:
     q = Critic(2, task.obs_dim, task.act_dim).to(device)
     qc = Critic(1, task.obs_dim, task.act_dim).to(device)
     # what both phases must agree on
-    facts = dict(env_id=args.env_id, obs_dim=task.obs_dim, act_dim=task.act_dim, hidden=256,
-                 activation="relu", gamma=args.gamma, reward_scale=args.reward_scale)
+    facts = task.facts() | dict(hidden=256, activation="relu", gamma=args.gamma,
+                                reward_scale=args.reward_scale)
     vae = VAE(task.obs_dim, task.act_dim).to(device)
     q_target = deepcopy(q).requires_grad_(False)
     qc_target = deepcopy(qc).requires_grad_(False)
@@ -467,4 +467,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with common.patient_streams():
+        main(tyro.cli(Args))

@@ -2,12 +2,14 @@
 # It averages smoothed costs, from a first 0, and its factor is not bounded below: one safe block throws the
 # gains to a tenth, the integral never shrinks, and the multiplier does not come down (benchmark/methods.md).
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common  # noqa: E402
 import marvel_sac_pid  # noqa: E402
 
 MEAN_OFFSET = 0.1  # the official code's, against a division by 0
@@ -38,7 +40,7 @@ class ReleasedPIDLagrangian(CONTROLLER):
 def main(args: marvel_sac_pid.Args) -> None:
     """Run Marvel with this controller in the place of its own."""
     if args.run_dir is None and args.resume is None:
-        args.run_dir = f"runs/{args.env_id}__marvel_released_pid__seed{args.seed}"
+        args = replace(args, run_dir=common.default_run_dir(args, "marvel_released_pid"))
     marvel_sac_pid.PIDLagrangian = ReleasedPIDLagrangian
     try:
         marvel_sac_pid.main(args)
@@ -47,4 +49,5 @@ def main(args: marvel_sac_pid.Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(marvel_sac_pid.Args))
+    with common.patient_streams():
+        main(tyro.cli(marvel_sac_pid.Args))

@@ -449,8 +449,8 @@ def main(args: Args) -> None:
 
     # --- Offline policy, critics and dataset ---
     # what both phases must agree on
-    facts = dict(env_id=args.env_id, obs_dim=task.obs_dim, act_dim=task.act_dim, hidden=256,
-                 activation="relu", gamma=args.gamma, reward_scale=args.reward_scale)
+    facts = task.facts() | dict(hidden=256, activation="relu", gamma=args.gamma,
+                                reward_scale=args.reward_scale)
     offline_actor = Actor(task.obs_dim, task.act_dim).to(device).requires_grad_(False)
     if not run.resumed:
         checkpoint = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
@@ -591,4 +591,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with common.patient_streams():
+        main(tyro.cli(Args))

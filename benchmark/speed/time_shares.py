@@ -25,7 +25,7 @@ import offline_pretrain  # noqa: E402
 from benchmark.speed.clock import cpu_name  # noqa: E402
 
 PARTS = {  # row: owners and names of what it counts
-    "simulator": [(gym.wrappers.TimeLimit, "step"), (gym.wrappers.TimeLimit, "reset")],
+    "simulator": [(gym.wrappers.OrderEnforcing, "step"), (gym.wrappers.OrderEnforcing, "reset")],
     "evaluations but for the simulator": [(common, "evaluate")],
     "dataset and checkpoints": [
         (common, "read_dataset"), (common, "load_checkpoint"), (common, "save_checkpoint")],

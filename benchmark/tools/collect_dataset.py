@@ -75,10 +75,10 @@ def main(args: Args) -> None:
     if output.is_dir() or (output.parent.exists() and not os.access(output.parent, os.W_OK)):
         common.stop(f"--output {output}: must be a file in a folder that can be written to")
     common.make_env(args.env_id)[0].close()
-    settings = f"seed{args.seed}__{args.timesteps}steps__utd{args.utd:g}"
+    settings = f"{args.timesteps}steps__utd{args.utd!r}"
     work = Path(args.work_dir) / f"{args.env_id}__{settings}"
     work.mkdir(parents=True, exist_ok=True)
-    names = [f"limit{limit:g}" for limit in args.cost_limits]
+    names = [f"limit{float(limit)!r}__seed{args.seed + k}" for k, limit in enumerate(args.cost_limits)]
 
     # --- Train under every limit ---
     def collect(k: int) -> int:
@@ -101,7 +101,7 @@ def main(args: Args) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for k, status in enumerate(pool.map(collect, range(len(names)))):
             if status:
-                common.stop(f"the run under limit {args.cost_limits[k]:g} failed: see its log in {work}")
+                common.stop(f"the run under limit {args.cost_limits[k]:g} failed: see {work / names[k]}.log")
 
     # --- Thin and write ---
     parts = []
@@ -131,4 +131,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with common.patient_streams():
+        main(tyro.cli(Args))

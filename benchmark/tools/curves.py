@@ -6,6 +6,7 @@
 Works on finished and unfinished runs of all scripts, from metrics.csv, config.json and checkpoint.pt.
 """
 import csv
+import io
 import json
 import sys
 from dataclasses import dataclass
@@ -66,9 +67,9 @@ def plot_curves(run_dir: Path, metrics: dict[str, np.ndarray], cost_limit: float
             axes.axhline(cost_limit, color="k", ls="--", lw=1, label="cost limit")
         axes.set(title=title, xlabel=x.replace("_", " "))
         axes.legend(fontsize=7)
-    part = run_dir / "curves.part.png"
-    figure.savefig(part, dpi=110)
-    part.replace(run_dir / "curves.png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    common.write_file(run_dir / "curves.png", picture.getvalue())
 
 
 def print_result(evaluations: dict[str, dict], metrics: dict[str, np.ndarray], cost_limit: float) -> None:
@@ -108,4 +109,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with common.patient_streams():
+        main(tyro.cli(Args))

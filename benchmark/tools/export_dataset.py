@@ -2,6 +2,7 @@
 
   python benchmark/tools/export_dataset.py --checkpoint runs/collect/checkpoint.pt --output point.hdf5
 """
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -33,13 +34,13 @@ def write_dataset(path: Path, data: dict[str, np.ndarray], attributes: dict[str,
     which the attribute action_units says.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with h5py.File(part, "w") as file:
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
         for key in common.DATASET_KEYS:
             array = np.asarray(data[key], bool if key in ("terminals", "timeouts") else np.float32)
             file.create_dataset(key, data=array, compression="gzip", compression_opts=9, shuffle=True)
         file.attrs.update({"action_units": "simulator", **attributes})
-    part.replace(path)
+    common.write_file(path, content.getvalue())
 
 
 def episodes_of(path: str | Path, env_id: str | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -52,7 +53,7 @@ def episodes_of(path: str | Path, env_id: str | None = None) -> tuple[dict[str, 
         common.stop(f"--checkpoint {path}: its task is in a module; give --env-id {checkpoint['env_id']}")
     env, task = common.make_env(env_id or checkpoint["env_id"])
     env.close()
-    common.check_facts(path, checkpoint, {"env_id": task.env_id})
+    common.check_facts(path, checkpoint, task.facts())
     data = {key: value.numpy() for key, value in buffer.items()}
     data["rewards"] = data["rewards"] / checkpoint["reward_scale"]
     data["actions"] = task.own_actions(data["actions"])
@@ -73,4 +74,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with common.patient_streams():
+        main(tyro.cli(Args))

@@ -70,7 +70,10 @@ OWN = task(action_low=LOW, action_high=HIGH)
 
 
 @pytest.mark.parametrize(("attributes", "scaled"), [
-    ({}, True), ({"seed": 1, "action_units": "simulator"}, True), ({"seed": 1}, False)])
+    ({}, True), ({"seed": 1, "action_units": "simulator"}, True), ({"seed": 1}, True), ({"task": TASK}, True),
+    ({"seed": 1, "task": TASK, "author": "somebody"}, True), ({"seed": 1, "task": "a sentence"}, True),
+    ({"seed": 1, "task": TASK}, False),
+    ({"seed": 1, "task": TASK, "command": "python ...", "versions": "..."}, False)])
 def test_actions_of_a_file_are_in_the_simulators_units_but_for_our_files_of_before(
         tmp_path, ball_data, attributes, scaled):
     own = np.tile(np.float32([[0, -4], [2, 0], [1.5, -1]]), (200, 1))
@@ -79,6 +82,11 @@ def test_actions_of_a_file_are_in_the_simulators_units_but_for_our_files_of_befo
     data = common.read_dataset(write_raw(tmp_path / "x.hdf5", raw, **attributes), OWN)
     np.testing.assert_allclose(data["actions"].numpy(), unit, atol=1e-6)
     assert data["actions"].dtype == torch.float32
+
+
+def test_actions_in_units_that_are_not_known_are_refused(tmp_path, ball_data, refusal):
+    path = write_raw(tmp_path / "x.hdf5", ball_data, action_units="normalized")
+    assert "action_units are normalized, not 'simulator'" in refusal(common.read_dataset, path, task())
 
 
 def test_action_outside_the_simulators_bounds_is_refused(tmp_path, ball_data, refusal):
@@ -174,6 +182,8 @@ def test_array_that_no_memory_holds_is_named_in_one_line(tmp_path, ball_data, re
 
 @pytest.mark.parametrize(("made_for", "refused"), [
     (TASK, False), (f"my_tasks:{TASK}", False), ("a sentence of another project", False), (None, False),
+    ("my-medium-v2", False), (TASK.replace("Safety", "Offline"), False), (np.array([TASK.encode()]), False),
+    ("OfflineCarCircle-v0", True), (np.array([b"SafetyCarCircle-v0"]), True),
     ("SafetyCarCircle-v0", True), ("my_tasks:SafetyCarCircle-v0", True), (b"SafetyCarCircle-v0", True)])
 def test_file_that_names_another_task_is_refused(tmp_path, ball_data, refusal, made_for, refused):
     path = write_raw(tmp_path / "x.hdf5", ball_data, **{} if made_for is None else {"task": made_for})

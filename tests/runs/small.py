@@ -31,7 +31,7 @@ OFFLINE = dict(env_id=TASK, update_steps=30, batch_size=8, eval_every=10, eval_e
 ONLINE = dict(env_id=TASK, total_timesteps=160, batch_size=8, utd=0.2, eval_every=60, eval_episodes=1,
               checkpoint_every=27)
 SEEN = {  # what is counted while a run works, and can be interrupted just before
-    "environment step": (gym.wrappers.TimeLimit, "step"),
+    "environment step": (common.SafeEnv, "step"),
     "gradient step": (torch.optim.Adam, "step"),
     "flush to disk": (os, "fsync"),  # of metrics.csv, or of a file that is written beside the old one
     "rename": (Path, "replace"),

@@ -223,6 +223,11 @@ KINDS = {
            for name, value in [
             ("cost_limit", NAN), ("update_steps", 0), ("vae_beta", -0.1), ("vae_lr", 2.0),
             ("bc_weight", NAN), ("ood_actions", 0), ("ood_quantile", 1.1), ("ood_weight", -1.0)]},
+        **{f"{name}={value!r}": (option(**{name: value}), f"--{name.replace('_', '-')} {value!r}: must be")
+           for name, value in [
+            ("multiplier", "PID"), ("lagrange_init", "0.5"), ("lagrange_init", "norm_ratio"),
+            ("vpa_data", "rollout"), ("vpa_critics", "none"), ("seed", "3"), ("seed", 0.5), ("seed", None),
+            ("total_timesteps", None), ("total_timesteps", True), ("autotune", 1), ("run_dir", 3)]},
         "from-scratch-with-checkpoint": (option(from_scratch=True), "takes neither --checkpoint nor"),
         **({} if torch.cuda.is_available() else {
             "no-gpu": (option(cuda=True), "--cuda: torch finds no GPU here")}),

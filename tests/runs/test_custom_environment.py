@@ -109,6 +109,10 @@ def with_reward(reward):
     return lambda obs, _, *more: (obs, reward, *more)
 
 
+def with_ends(terminated, truncated):
+    return lambda obs, reward, _, __, info: (obs, reward, terminated, truncated, info)
+
+
 def with_info(info):
     return lambda *step: (*step[:-1], info)
 
@@ -121,7 +125,8 @@ def with_cost(cost):
     with_obs(list(GOOD[0])), with_obs(tuple(GOOD[0])), with_obs(torch.tensor(GOOD[0])),
     with_obs(np.array(GOOD[0], np.float64)), with_reward(np.array([2.0])), with_reward(np.float32(2)),
     with_reward(2), with_reward(torch.tensor(2.0)), with_cost(np.array([1])), with_cost(np.array(1.0)),
-    with_cost(torch.tensor([1.0])), with_cost(True), with_cost(1)])
+    with_cost(torch.tensor([1.0])), with_cost(True), with_cost(1), with_ends([False], np.array([[False]])),
+    with_ends(np.False_, torch.tensor(False)), with_ends(0, 0.0)])
 def test_number_and_observation_in_any_wrapping_are_taken(register, change):
     env, _ = common.make_env(register(change=change, after=0))
     obs, _ = env.reset(seed=0)
@@ -147,6 +152,12 @@ WRONG_STEPS = [  # what the step becomes, and what the line says
     (with_obs([0.0, 0.0]), "shape (2,), its space (3,)"), (with_obs(np.zeros((1, 3))), "shape (1, 3)"),
     (with_obs([0.0, NAN, 0.0]), "the observation is not finite"),
     (with_obs([0.0, 1e300, 0.0]), "the observation is not finite"),
+    (with_cost(1e300), "info['cost'] is not finite"),  # as float32, in which it is stored
+    (with_ends([True, False], False), "terminated must be a number"),
+    (with_ends(False, "False"), "truncated must be a number"), (with_ends(None, False), "terminated must be"),
+    (with_ends(2, False), "terminated must be True or False, it is 2"),
+    (lambda obs, reward, terminated, _, info: (obs, reward, terminated, info), "must return five values"),
+    (lambda *_: None, "must return five values"),
     (with_obs({"a": 1}), "observation"), (with_obs(None), "observation"),
     (with_obs(torch.zeros(3, requires_grad=True)), "observation")]
 
@@ -162,6 +173,28 @@ def test_step_that_gives_something_else_in_mid_run_ends_it_with_one_line(registe
 
     line = refusal(play)
     assert line.startswith("error: --env-id Custom-v0, step 6: ") and says in line
+
+
+@pytest.mark.parametrize("ends", [[True], np.True_, torch.tensor([True]), 1])
+def test_episode_ends_where_a_flag_in_any_wrapping_says_so(register, ends):
+    env, _ = common.make_env(register(change=with_ends(ends, [False]), after=5))  # two steps are make_env's
+    assert common.evaluate(env, lambda obs: np.zeros(2, np.float32), 1)["length"] == [4]
+
+
+def test_reset_that_returns_something_else_later_ends_with_one_line(register, refusal):
+    env, _ = common.make_env(register())
+    env.unwrapped.reset = lambda **_: GOOD[0]
+    assert "reset() must return an observation and info" in refusal(env.reset, seed=0)
+
+
+def test_episode_without_an_end_is_told_once(register, capsys, monkeypatch):
+    monkeypatch.setattr(common, "LONG_EPISODE", 30)
+    env, _ = common.make_env(register(max_episode_steps=10**9))
+    for _ in range(2):
+        env.reset(seed=0)
+        for _ in range(40):
+            assert env.step(np.zeros(2, np.float32))[2:4] == (False, False)
+    assert capsys.readouterr().err.count("this episode has 30 steps and no end") == 2  # once per episode
 
 
 def test_run_that_ends_so_keeps_its_last_checkpoint_and_logs_no_more(tmp_path, register, capsys):
@@ -260,9 +293,14 @@ def test_environment_that_resets_itself_is_played_to_its_own_ends(register, monk
     (dict(observation_space=gym.spaces.Discrete(3)), "must be boxes of one dimension"),
     (dict(observation_space=BOX(0, 255, (4, 4, 3), np.uint8)), "must be boxes of one dimension"),
     (dict(action_space=gym.spaces.Discrete(3)), "must be boxes of one dimension"),
-    (dict(action_space=BOX(-np.inf, np.inf, (2,))), "bounded actions must be boxes"),
-    (dict(action_space=BOX(-1, np.inf, (2,))), "bounded actions must be boxes"),
+    (dict(action_space=BOX(-np.inf, np.inf, (2,))), "every action needs finite bounds"),
+    (dict(action_space=BOX(-1, np.inf, (2,))), "every action needs finite bounds"),
+    (dict(action_space=BOX(*np.float32([[-3e38, -1], [3e38, 1]]))), "every action needs finite bounds"),
+    (dict(action_space=BOX(*np.float32([[-1, 0.5], [1, 0.5]]))), "one below the other"),
     (dict(change=with_info({}), after=0), "no info['cost']"),
+    (dict(change=with_reward(None), after=0), "the reward must be a number"),
+    (dict(change=with_obs([0.0]), after=0), "the observation has shape (1,)"),
+    (dict(max_episode_steps=-1), "no time limit"),
     (dict(change=with_info(None), after=0), "info"),
     (dict(change=lambda obs, reward, terminated, truncated, info: (obs, reward, terminated, info), after=0),
      "returns 4 values"),
@@ -297,5 +335,5 @@ def test_unknown_module_or_task_and_one_that_does_not_fit_are_refused(
         (tmp_path / f"{env_id.split(':')[0]}.py").write_text(source)
     before = files(tmp_path)
     line = refusal(common.make_env, env_id)
-    assert line.startswith(f"error: --env-id {env_id}: ") and says in line
+    assert line.startswith(f"error: --env-id {env_id}") and says in line
     assert before.items() <= files(tmp_path).items()

@@ -299,6 +299,18 @@ def test_script_can_be_called_again_in_one_process(tmp_path, mini, first, error)
     assert mini("run", overwrite=True)["finished"]
 
 
+def test_second_run_at_the_same_time_in_one_process_is_refused(mini, refusal):
+    lines = []
+    assert mini("run", lambda step: lines.append(refusal(mini, "other")) if step == 3 else None)["finished"]
+    (line,) = lines
+    assert "a run is at work in this process" in line
+    assert mini("other")["finished"]
+
+
+def test_whole_floats_are_taken_as_the_integers_they_are(tmp_path, mini):
+    assert mini("run", seed=np.float64(3))["args"]["seed"] == 3
+
+
 def test_run_under_nohup_goes_on_when_its_terminal_closes(mini):
     before, at_work = signal.signal(signal.SIGHUP, signal.SIG_IGN), []
     try:
@@ -404,6 +416,13 @@ def test_part_that_cannot_be_put_back_is_refused_at_once(tmp_path, refusal, part
     line = refusal(keep_only, tmp_path, momentum=part)
     assert "run.keep cannot put back momentum" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fact_with_the_name_of_a_part_is_refused_at_once(tmp_path, refusal):
+    run_ = common.Run(Args(run_dir=str(tmp_path / "run")), "mini", ("steps",))
+    rng = np.random.default_rng()
+    line = refusal(run_.keep, dict(obs_dim=2, act_dim=1, rng=3), dict(mini_steps=0), rng=rng)
+    assert "a fact has the name of a part: rng" in line
 
 
 def test_progress_that_counts_no_steps_is_refused_at_once(tmp_path, refusal):

@@ -5,6 +5,7 @@ those of a run that nobody touched.
 """
 
 import contextlib
+import os
 import random
 import re
 import resource
@@ -23,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import common
 import marvel_sac_pid
 import offline_pretrain
+from benchmark.baselines import marvel_released_pid
 
 NEVER = 10**6  # as checkpoint_every: only the end, or a signal, saves
 
@@ -216,6 +218,25 @@ def test_run_that_got_more_steps_and_is_killed_before_it_saves_can_be_resumed(tm
     assert_resumes_to_the_same_end(script, tmp_path / "run", untouched("cpq")[0])
 
 
+def test_run_is_not_gone_on_with_under_another_law(tmp_path, settings):
+    _, options = settings["marvel"]
+    assert run(marvel_sac_pid, tmp_path / "run", **options)[0] == 0
+    status, printed = resume(marvel_released_pid, tmp_path / "run", total_timesteps=400)
+    assert "law is PIDLagrangian, this run needs ReleasedPIDLagrangian" in error_line(status, printed)
+
+
+def test_number_of_steps_that_is_typed_counts_though_it_is_the_default(tmp_path, settings, monkeypatch):
+    """10,000, and the run is stopped as soon as it goes on."""
+    script, options = settings["marvel"]
+    assert run(script, tmp_path / "run", **options)[0] == 0
+    words = ["marvel_sac_pid.py", f"--resume={tmp_path / 'run'}", "--total-timesteps", "10000"]
+    monkeypatch.setattr(sys, "argv", words)
+    status, printed = resume(script, tmp_path / "run", at=("gradient step", 3), do=send(signal.SIGTERM),
+                             total_timesteps=10_000)
+    assert status == 128 + signal.SIGTERM and "this run is finished" not in printed
+    assert saved(tmp_path / "run")["args"]["total_timesteps"] == 10_000
+
+
 # --- Signals ---
 @pytest.mark.parametrize(("number", "kind", "at", "where"), [
     (signal.SIGINT, "cpq", ("gradient step", 3 * 12), "update_steps 12"),
@@ -372,7 +393,8 @@ def test_folder_that_holds_anything_of_a_run_is_refused_with_both_ways_out(tmp_p
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("precious")
     line = error_line(*run(script, tmp_path / "run", **options))
-    assert f"run: holds a run; `python {sys.argv[0]} --resume {tmp_path / 'run'}` goes on with it" in line
+    command = f"python {os.path.relpath(offline_pretrain.__file__)} --resume {tmp_path / 'run'}"
+    assert f"run: holds a run; `{command}` goes on with it" in line
     assert "--overwrite restarts" in line
     assert {file.name: file.read_text() for file in (tmp_path / "run").iterdir()} == {name: "precious"}
 

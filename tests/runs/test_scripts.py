@@ -1,16 +1,21 @@
 """Both scripts and the baselines, end to end and small: every mode takes its updates and leaves its files."""
 
+import contextlib
 import hashlib
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TASK, TINY_MARVEL, TINY_OFFLINE, command_line, run_script, single_line
+from conftest import ROOT, TASK, TINY_MARVEL, TINY_OFFLINE, command_line, run_script, single_line
 from small import args_of, equal, files, kinds, saved
 
+import common
 import marvel_sac_pid
 import offline_pretrain
+from benchmark.baselines import marvel_released_pid
 from benchmark.tools.curves import read_metrics
 
 NETWORKS = ("actor", "q", "qc")
@@ -112,6 +117,28 @@ def test_scripts_name_their_default_folders_after_task_script_and_seed(tmp_path,
     scripts = ("offline_pretrain", "bear_lag", "bc_safe", "marvel_sac_pid", "marvel_released_pid", "jsrl",
                "pex", "so2")
     assert folders == {f"small:Small-v0__{script}__seed7" for script in scripts}
+
+
+@pytest.mark.parametrize(("program", "printed"), [
+    (ROOT / "marvel_sac_pid.py", "{0}/marvel_sac_pid.py"),
+    ("/usr/lib/ipykernel_launcher.py", "marvel_sac_pid.py"),
+    (ROOT / "benchmark/baselines/jsrl.py", "{0}/benchmark/baselines/jsrl.py")])
+def test_command_that_goes_on_with_a_run_is_the_scripts_also_in_a_notebook(monkeypatch, program, printed):
+    monkeypatch.setattr(sys, "argv", [str(program), "-f", "kernel.json"])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(common.Run, "keep", lambda run, *_, **__: common.stop(run.command))
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as error:
+        marvel_sac_pid.main(marvel_sac_pid.Args(from_scratch=True, run_dir="x"))
+    assert f"`python {printed.format(ROOT)} --resume x`" in error.getvalue()
+
+
+def test_released_law_has_a_folder_per_run_in_a_sweep_and_leaves_its_options_alone(monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    given, args = [], marvel_sac_pid.Args()
+    monkeypatch.setattr(marvel_sac_pid, "main", lambda args: given.append(args.run_dir))
+    marvel_released_pid.main(args)
+    assert given == ["runs/SafetyBallCircle-v0__marvel_released_pid__seed0__abc"] and args.run_dir is None
 
 
 def test_from_scratch_needs_neither_checkpoint_nor_dataset_and_waits_for_learning_starts(tmp_path, settings):

@@ -49,8 +49,10 @@ def test_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
     first = (tmp_path / "run/wandb_id").read_text()
     marvel_sac_pid.main(marvel_sac_pid.Args(resume="run", total_timesteps=400))
     assert (tmp_path / "run/wandb_id").read_text() == first
-    folders = [name for name in os.listdir(tmp_path / "run/wandb") if name.startswith("offline-run-")]
+    folders = [name for name in os.listdir(tmp_path / "wandb") if name.startswith("offline-run-")]
     assert len(folders) == 2 and all(name.endswith(first) for name in folders)
+    # W&B has seen TensorBoard's file once in each part, and no copy of its own
+    assert len(list((tmp_path / "wandb").rglob("*tfevents*"))) == 2 and not (tmp_path / "run/wandb").exists()
     assert sys.modules["wandb"].run is None  # the program that called main has none open
 
 

@@ -17,7 +17,8 @@ from benchmark.tools import collect_dataset
 SCRIPT = "benchmark/tools/collect_dataset.py"
 TINY = ["--cost-limits", "10", "40", "--timesteps", "400", "--max-episodes", "3", "--seed", "5",
         "--output", "made/ball.hdf5", "--work-dir", "work"]
-WORK = f"work/{TASK}__seed5__400steps__utd0.5"
+WORK = f"work/{TASK}__400steps__utd0.5"
+RUNS = ("limit10.0__seed5", "limit40.0__seed6")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,8 @@ def test_collected_file_is_a_dataset_of_whole_episodes_of_the_runs(collected, ba
     ends, returns, costs = common.episode_sums(data)
     assert ends.tolist() == [199, 399, 599]
     played = set()
-    for limit in (10, 40):
-        run = common.read_dataset(collected / WORK / f"limit{limit}.hdf5", ball_task)
+    for name in RUNS:
+        run = common.read_dataset(collected / WORK / f"{name}.hdf5", ball_task)
         _, run_returns, run_costs = common.episode_sums(run)
         played |= set(zip(run_returns.round(3), run_costs, strict=True))
     assert len(played) == 4
@@ -58,7 +59,7 @@ def test_collected_file_says_how_it_was_made(collected):
 
 def test_second_call_trains_only_what_is_missing_and_gives_the_same_bytes(collected):
     output = collected / "made/ball.hdf5"
-    files = [collected / WORK / f"limit{limit}.hdf5" for limit in (10, 40)]
+    files = [collected / WORK / f"{name}.hdf5" for name in RUNS]
     before = output.read_bytes()
     trained = [file.stat().st_mtime_ns for file in files]
     output.unlink()
@@ -89,7 +90,8 @@ def write_run(run_dir, seed):
     buffer["rewards"] *= 0.1
     run_dir.mkdir(parents=True, exist_ok=True)
     common.save_checkpoint(run_dir / "checkpoint.pt", {
-        "env_id": TASK, "reward_scale": 0.1, "args": {"seed": seed}, "buffer": buffer, "finished": True})
+        "env_id": TASK, "obs_dim": 8, "act_dim": 2, "reward_scale": 0.1, "args": {"seed": seed},
+        "buffer": buffer, "finished": True})
 
 
 def test_failed_run_is_named_with_its_log_and_nothing_is_made(tmp_path, monkeypatch, refusal):
@@ -103,7 +105,7 @@ def test_failed_run_is_named_with_its_log_and_nothing_is_made(tmp_path, monkeypa
     monkeypatch.setattr(collect_dataset, "subprocess", SimpleNamespace(run=fail, STDOUT=subprocess.STDOUT))
     line = refusal(collect_dataset.main, collect_dataset.Args(
         cost_limits=(10.0, 40.0), output="made/x.hdf5", work_dir="work", jobs=1))
-    assert "limit 10 failed" in line and f"work/{TASK}__seed0" in line
+    assert "limit 10 failed" in line and f"work/{TASK}__" in line and line.endswith("limit10.0__seed0.log")
     assert not (tmp_path / "made").exists()
 
 
@@ -147,6 +149,14 @@ def test_finished_runs_are_not_run_again(fake_runs):
     collect()
     assert len(fake_runs) == 2
     assert Path("x.hdf5").read_bytes() == first
+
+
+def test_limits_in_another_order_or_the_same_twice_are_other_runs(fake_runs):
+    collect(cost_limits=(5.0, 10.0))
+    collect(cost_limits=(10.0, 5.0), output="y.hdf5")
+    collect(cost_limits=(20.0, 20.0, 1000000.0, 1000001.0), output="z.hdf5")
+    folders = [command[command.index("--run-dir") + 1] for command in fake_runs]
+    assert len(folders) == len(set(folders)) == 8
 
 
 def test_runs_with_other_options_stay_beside_these(fake_runs):

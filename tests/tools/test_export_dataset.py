@@ -182,6 +182,22 @@ def test_actions_are_written_in_the_units_of_the_simulator_and_read_back_in_the_
     del gym.registry["Wide-v0"]
 
 
+def test_checkpoint_of_a_task_whose_bounds_were_others_is_refused(tmp_path, refusal, monkeypatch):
+    """Its actions, in [-1, 1], would be written in units that they did not have."""
+    monkeypatch.setitem(gym.registry, "Wide-v0", gym.envs.registration.EnvSpec(
+        "Wide-v0", Wide, max_episode_steps=10))
+    marvel_sac_pid.main(marvel_sac_pid.Args(
+        env_id="Wide-v0", from_scratch=True, total_timesteps=40, eval_episodes=1,
+        run_dir=str(tmp_path / "x")))
+    monkeypatch.setattr(Wide, "action_space", gym.spaces.Box(-5, 5, (2,)))
+    for refused in (lambda: main(Args(str(tmp_path / "x/checkpoint.pt"), str(tmp_path / "x.hdf5"))),
+                    lambda: marvel_sac_pid.main(marvel_sac_pid.Args(
+                        resume=str(tmp_path / "x"), total_timesteps=80))):
+        line = refusal(refused)
+        assert "action_low is [" in line and "this run needs [-5.0, -5.0]" in line
+    assert not (tmp_path / "x.hdf5").exists()
+
+
 # --- Writing ---
 def test_interrupted_writing_leaves_the_old_file_as_it_was(tmp_path, ball_data, ball_file):
     path = tmp_path / "x.hdf5"
