@@ -123,6 +123,8 @@ def checked_option(name: str, value: Any, hint: Any) -> Any:
         elif kind is float:
             if is_number:
                 return value
+        elif not isinstance(typing.get_origin(kind) or kind, type):  # Any, say
+            return value
         elif isinstance(value, typing.get_origin(kind) or kind):
             return value
     words = getattr(hint, "__name__", str(hint)).replace("typing.", "")
@@ -424,7 +426,8 @@ def read_dataset(path: Path, task: Task) -> dict[str, torch.Tensor]:
     """
     raw, attributes = read_arrays(path)
     made_for = task_of_file(attributes)
-    is_task = ":" in made_for or made_for in gym.registry  # other people's files may hold anything
+    # other people's files may hold anything
+    is_task = made_for in gym.registry or re.fullmatch(r"[\w.]+:[\w-]+-v\d+", made_for)
     stop_unless(same_task(made_for, task) or not is_task,
                 f"{path}: collected from {made_for}, not from {task.env_id}")
     n = len(raw["rewards"])
@@ -752,7 +755,7 @@ class Run:
         self.dir = Path(self.args.run_dir or default_run_dir(self.args, script))
         program = sys.argv[0]
         if Path(program).resolve().parent not in SCRIPT_FOLDERS:  # a notebook's, or another program
-            program = os.path.relpath(inspect.currentframe().f_back.f_globals["__file__"])
+            program = os.path.relpath(inspect.currentframe().f_back.f_globals.get("__file__", program))
         self.command = f"`{shlex.join(['python', program, '--resume', str(self.dir)])}`"
         self.signal = 0  # the last one that asked for an end
         self.signal_time = -math.inf

@@ -181,7 +181,7 @@ def test_array_that_no_memory_holds_is_named_in_one_line(tmp_path, ball_data, re
 
 
 @pytest.mark.parametrize(("made_for", "refused"), [
-    (TASK, False), (f"my_tasks:{TASK}", False), ("a sentence of another project", False), (None, False),
+    (TASK, False), (f"my_tasks:{TASK}", False), ("a sentence: of another project", False), (None, False),
     ("my-medium-v2", False), (TASK.replace("Safety", "Offline"), False), (np.array([TASK.encode()]), False),
     ("OfflineCarCircle-v0", True), (np.array([b"SafetyCarCircle-v0"]), True),
     ("SafetyCarCircle-v0", True), ("my_tasks:SafetyCarCircle-v0", True), (b"SafetyCarCircle-v0", True)])
