@@ -112,20 +112,20 @@ def stop_unless(condition: Any, message: str) -> None:
 
 def checked_option(name: str, value: Any, hint: Any) -> Any:
     """An option's value, whole floats as int where that is asked for; stops if it is none of its types."""
-    for kind in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, UnionType) else [hint]:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if typing.get_origin(kind) is typing.Literal:
+    is_union = typing.get_origin(hint) in (typing.Union, UnionType)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    for kind in typing.get_args(hint) if is_union else [hint]:
+        base = typing.get_origin(kind) or kind  # tuple of tuple[int, ...]
+        if base is typing.Literal:
             if isinstance(value, str) and value in typing.get_args(kind):
                 return value
-        elif kind is int:
+        elif base is int:
             if is_number and float(value).is_integer():
                 return int(value)
-        elif kind is float:
+        elif base is float:
             if is_number:
                 return value
-        elif not isinstance(typing.get_origin(kind) or kind, type):  # Any, say
-            return value
-        elif isinstance(value, typing.get_origin(kind) or kind):
+        elif not isinstance(base, type) or isinstance(value, base):  # the first: Any, say
             return value
     words = getattr(hint, "__name__", str(hint)).replace("typing.", "")
     stop(f"--{name.replace('_', '-')} {value!r:.60}: must be {words}")
@@ -162,9 +162,10 @@ class Task:
 
     def facts(self) -> dict:
         """What a checkpoint of this task must agree in: its name, sizes, and bounds of actions."""
-        bounds = {"action_low": self.action_low, "action_high": self.action_high}
+        is_scaled = self.action_low is not None
         return {"env_id": self.env_id, "obs_dim": self.obs_dim, "act_dim": self.act_dim,
-                **{name: None if array is None else array.tolist() for name, array in bounds.items()}}
+                "action_low": self.action_low.tolist() if is_scaled else None,
+                "action_high": self.action_high.tolist() if is_scaled else None}
 
     def scaled_actions(self, actions: np.ndarray) -> np.ndarray:
         """Actions in the simulator's own units -> in [-1, 1], what the scripts use."""
