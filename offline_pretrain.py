@@ -249,13 +249,14 @@ class ReplayBuffer:
 
 
 @torch.no_grad()
-def cpq_targets(batch, actor, q_target, qc_target, gamma, qc_threshold):
+def cpq_targets(batch, actor, q_target, qc_target, gamma, qc_threshold, largest_cost):
     """One-step targets (batch,) of Q and Qc; Q's bootstrap is masked where the next action is unsafe (eq. 8).
 
-    A terminal stops the bootstrap, a time limit does not: `terminals` is 0 there.
+    A terminal stops the bootstrap, a time limit does not: `terminals` is 0 there. Qc's bootstrap is kept
+    within what costs of 0 to `largest_cost` per step can add up to.
     """
     next_act, _ = actor(batch["next_observations"])
-    next_qc = cost_value(qc_target, batch["next_observations"], next_act)
+    next_qc = cost_value(qc_target, batch["next_observations"], next_act).clamp(0, largest_cost / (1 - gamma))
     next_q = reward_value(q_target, batch["next_observations"], next_act)
     next_q = next_q * (next_qc <= qc_threshold)
     discount = gamma * (1 - batch["terminals"])
@@ -363,6 +364,7 @@ def main(args: Args) -> None:
     # spent evenly, the limit has the discounted sum (limit / T) (1 + gamma + ... + gamma^(T-1)).
     horizon = common.longest_episode(dataset)
     qc_threshold = args.cost_limit / horizon * (1 - args.gamma**horizon) / (1 - args.gamma)
+    largest_cost = float(data.storage["costs"].max())  # of a step
 
     # --- What a checkpoint holds, with torch's random state; --resume puts all of it back here ---
     progress = dict(update_steps=0)
@@ -383,7 +385,8 @@ def main(args: Args) -> None:
         vae_optimizer.step()
 
         # --- Update critics ---
-        targets = cpq_targets(batch, actor, q_target, qc_target, args.gamma, qc_threshold)
+        targets = cpq_targets(batch, actor, q_target, qc_target, args.gamma, qc_threshold,
+                              largest_cost)
         bellman_loss, metrics = critic_loss(batch, q, qc, *targets)
         kl_threshold = kl.quantile(args.ood_quantile)
         shortfall, ood_share = ood_shortfall(batch["observations"], actor, vae, qc, args.ood_actions,

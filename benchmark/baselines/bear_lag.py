@@ -293,17 +293,19 @@ def repeated_actions(obs, actor, n):
 
 
 @torch.no_grad()
-def bear_targets(batch, actor_target, q_target, qc_target, gamma, n):
+def bear_targets(batch, actor_target, q_target, qc_target, gamma, n, largest_cost):
     """One-step targets (batch,) of Q and Qc from `n` next actions of the target actor (BEAR, alg. 1).
 
     Q takes the best by 3/4 min Q + 1/4 max Q; Qc evaluates the policy and takes the mean, where OSRL takes
-    the largest min Qc. A terminal stops both bootstraps (in OSRL not Qc's), a time limit neither.
+    the largest min Qc. A terminal stops both bootstraps (in OSRL not Qc's), a time limit neither. Qc's
+    bootstrap is kept within what costs of 0 to `largest_cost` per step can add up to.
     """
     next_act = repeated_actions(batch["next_observations"], actor_target, n).flatten(0, 1)
     next_obs = batch["next_observations"].repeat(n, 1)
     values = q_target(next_obs, next_act)
     next_q = (0.75 * values.amin(0) + 0.25 * values.amax(0)).view(n, -1).amax(0)
     next_qc = cost_value(qc_target, next_obs, next_act).view(n, -1).mean(0)
+    next_qc = next_qc.clamp(0, largest_cost / (1 - gamma))
     discount = gamma * (1 - batch["terminals"])
     return batch["rewards"] + discount * next_q, batch["costs"] + discount * next_qc
 
@@ -396,6 +398,7 @@ def main(args: Args) -> None:
     # spent evenly, the limit has the discounted sum (limit / T) (1 + gamma + ... + gamma^(T-1)).
     horizon = common.longest_episode(dataset)
     qc_threshold = args.cost_limit / horizon * (1 - args.gamma**horizon) / (1 - args.gamma)
+    largest_cost = float(data.storage["costs"].max())  # of a step
 
     # --- What a checkpoint holds, with torch's random state; --resume puts all of it back here ---
     progress = dict(update_steps=0)
@@ -417,7 +420,8 @@ def main(args: Args) -> None:
         vae_optimizer.step()
 
         # --- Update critics ---
-        targets = bear_targets(batch, actor_target, q_target, qc_target, args.gamma, args.bear_actions)
+        targets = bear_targets(batch, actor_target, q_target, qc_target, args.gamma, args.bear_actions,
+                               largest_cost)
         loss, metrics = critic_loss(batch, q, qc, *targets)
         critic_optimizer.zero_grad()
         loss.backward()

@@ -23,8 +23,18 @@ class ReleasedPIDLagrangian(CONTROLLER):
         factor = 1 + adapt_rate (m + 0.1 - target) / (m + 0.1)
         kp, ki <- factor kp, factor ki       kd <- (1 + adapt_rate s / (m + 0.1)) kd
 
-    each within 0.1 and 10 times its first value.
+    each within 0.1 and 10 times its first value. Its gains are per unit of episode cost and per update, in
+    scaled reward: they know of no unit of the multiplier and no number of gradient steps.
     """
+
+    def start(self, multiplier: float, fading_from: float | None = None, unit: float = 1.0) -> None:
+        """As PIDLagrangian's, but for the units."""
+        self.cost_unit = 1.0
+        super().start(multiplier, fading_from)
+
+    def update(self, episode_cost: float, gradient_steps: int = 1) -> float:
+        """As PIDLagrangian's, but for the number of gradient steps."""
+        return super().update(episode_cost)
 
     def adapt(self) -> None:
         """Change the gains for the next update."""

@@ -92,12 +92,12 @@ class Args:
     """first multiplier; there are no aligned critics to read one off"""
     lagrange_max: float = 100.0
     """largest multiplier"""
-    kp: float = 0.005
-    """proportional gain per unit of episode cost"""
-    ki: float = 0.001
-    """integral gain per unit of episode cost and multiplier update; dual ascent's step size too"""
-    kd: float = 0.005
-    """derivative gain per unit of episode cost"""
+    kp: float = 0.15
+    """proportional gain: change of the multiplier, in its unit, per cost limit's worth of episode cost"""
+    ki: float = 0.0006
+    """integral gain: the same per gradient step; dual ascent's step size too"""
+    kd: float = 0.15
+    """derivative gain, as the proportional one"""
     adapt_rate: float = 0.05
     """largest relative change per multiplier update, of a gain or, below the target, of the integral"""
 
@@ -251,27 +251,31 @@ class ReplayBuffer:
 class PIDLagrangian:
     """Lagrange multiplier set by a PID controller with adaptive gains (Stooke et al. 2020; Marvel).
 
-    With J the mean undiscounted episode cost of a rollout block and e = J - target_cost, one update is
-        I <- max(0, I + ki e)       P <- ema P + (1 - ema) e       C <- ema C + (1 - ema) J
-        multiplier = clip(kp P + I + kd max(0, C - C of d_delay updates ago), 0, lagrange_max)
+    With J the mean undiscounted episode cost of a rollout block, e = (J - target_cost) / cost_unit, and n the
+    gradient steps that the block is followed by, one update is
+        I <- max(0, I + ki n e)     P <- ema P + (1 - ema) e     C <- ema C + (1 - ema) J / cost_unit
+        multiplier = unit clip(kp P + I + kd max(0, C - C of d_delay updates ago), 0, lagrange_max / unit)
     and then, with m and s the mean and standard deviation of the last d_delay costs J, and
     f = 1 + adapt_rate (m - target) / max(m, target), within [1 - adapt_rate, 1 + adapt_rate]:
         m above the target:  kp, ki <- f kp, f ki       kd <- (1 + adapt_rate min(1, s / m)) kd
         else:                I <- f I                   each gain <- max(f gain, its first value)
     Gains stay below max_growth times their first value; f is 1 where the target is 0. adapt_rate = 0 is plain
     PID, with kp = kd = 0 dual ascent. C starts at 0, so that the first d_delay updates see it rise.
+    P, I, C and the gains have no unit; that of the multiplier, reward per cost, is in `unit` alone.
     """
 
-    def __init__(self, target_cost: float, kp: float, ki: float, kd: float, ema: float = 0.9,
-                 d_delay: int = 10, adapt_rate: float = 0.05, max_growth: float = 10.0,
+    def __init__(self, target_cost: float, kp: float, ki: float, kd: float, cost_unit: float = 1.0,
+                 ema: float = 0.9, d_delay: int = 10, adapt_rate: float = 0.05, max_growth: float = 10.0,
                  lagrange_max: float = 100.0):
         self.target_cost = target_cost
+        self.cost_unit = cost_unit
         self.first_gains = [kp, ki, kd]
         self.gains = [kp, ki, kd]
         self.ema = ema
         self.adapt_rate = adapt_rate
         self.max_growth = max_growth
         self.lagrange_max = lagrange_max
+        self.unit = 1.0
         self.multiplier = 0.0
         self.integral = 0.0  # I
         self.error_ema = 0.0  # P
@@ -279,7 +283,7 @@ class PIDLagrangian:
         self.cost_emas = deque([0.0], maxlen=d_delay)
         self.costs = deque(maxlen=d_delay)
 
-    def start(self, multiplier: float, fading_from: float | None = None) -> None:
+    def start(self, multiplier: float, fading_from: float | None = None, unit: float = 1.0) -> None:
         """Begin at `multiplier`, or at the larger `fading_from`, whose excess shrinks by ema per update.
 
         The excess sits in P, which forgets (kp may grow meanwhile). Without a proportional gain it stays.
@@ -287,23 +291,25 @@ class PIDLagrangian:
         kp, _, _ = self.gains
         first = multiplier if fading_from is None else max(multiplier, fading_from)
         first = min(first, self.lagrange_max)
+        self.unit = unit
         self.multiplier = first
-        self.integral = first
+        self.integral = first / unit
         if fading_from is not None and kp > 0:
-            self.integral = min(multiplier, self.lagrange_max)
-            self.error_ema = (first - self.integral) / kp
+            self.integral = min(multiplier, self.lagrange_max) / unit
+            self.error_ema = (first / unit - self.integral) / kp
 
-    def update(self, episode_cost: float) -> float:
+    def update(self, episode_cost: float, gradient_steps: int = 1) -> float:
         """Take the mean undiscounted cost of the last block's episodes, return the new multiplier."""
         kp, ki, kd = self.gains
-        error = episode_cost - self.target_cost
+        error = (episode_cost - self.target_cost) / self.cost_unit
         # the integral is kept within the multiplier's range, or it would go on winding up unseen
-        self.integral = min(max(0.0, self.integral + ki * error), self.lagrange_max)
+        largest = self.lagrange_max / self.unit
+        self.integral = min(max(0.0, self.integral + ki * gradient_steps * error), largest)
         self.error_ema = self.ema * self.error_ema + (1 - self.ema) * error
-        self.cost_ema = self.ema * self.cost_ema + (1 - self.ema) * episode_cost
+        self.cost_ema = self.ema * self.cost_ema + (1 - self.ema) * episode_cost / self.cost_unit
         cost_rise = max(0.0, self.cost_ema - self.cost_emas[0])
         multiplier = kp * self.error_ema + self.integral + kd * cost_rise
-        self.multiplier = min(max(0.0, multiplier), self.lagrange_max)
+        self.multiplier = self.unit * min(max(0.0, multiplier), largest)
         self.cost_emas.append(self.cost_ema)
         self.costs.append(episode_cost)
         if self.adapt_rate > 0:
@@ -385,12 +391,13 @@ def composed_policy(offline_actor, actor, q, qc, lagrange_multiplier, temperatur
 
 @torch.no_grad()
 def composed_targets(batch, offline_actor, actor, q_target, qc_target, gamma, alpha, lagrange_multiplier,
-                     temperature):
+                     temperature, largest_cost):
     """One-step targets (batch,) of Q and Qc for the composed policy, which chooses by the target critics.
 
     Given one proposal of each policy, this is the expectation over the choice. The composed policy's density
     is not at hand, so the entropy term is the new policy's alone, times the probability that it is chosen.
-    A terminal stops the bootstrap, a time limit does not: `terminals` is 0 there.
+    A terminal stops the bootstrap, a time limit does not: `terminals` is 0 there. Qc's bootstrap is kept
+    within what costs of 0 to `largest_cost` per step can add up to.
     """
     next_obs = batch["next_observations"]
     offline_act, _ = offline_actor(next_obs)
@@ -399,7 +406,7 @@ def composed_targets(batch, offline_actor, actor, q_target, qc_target, gamma, al
     next_qc = torch.stack([cost_value(qc_target, next_obs, a) for a in (offline_act, act)])
     chosen = choice_probabilities(next_q, next_qc, lagrange_multiplier, temperature)
     next_q = (chosen * next_q).sum(0) - chosen[1] * alpha * log_prob
-    next_qc = (chosen * next_qc).sum(0)
+    next_qc = (chosen * next_qc).sum(0).clamp(0, largest_cost / (1 - gamma))
     discount = gamma * (1 - batch["terminals"])
     return batch["rewards"] + discount * next_q, batch["costs"] + discount * next_qc
 
@@ -478,12 +485,14 @@ def main(args: Args) -> None:
     kd = args.kd if args.multiplier in ("apid", "pid") else 0.0
     adapt_rate = args.adapt_rate if args.multiplier == "apid" else 0.0
     target_cost = args.cost_limit * (1 - args.cost_margin)
-    controller = PIDLagrangian(target_cost, kp, ki, kd, adapt_rate=adapt_rate, lagrange_max=args.lagrange_max)
+    controller = PIDLagrangian(target_cost, kp, ki, kd, cost_unit=args.cost_limit or 1.0,
+                               adapt_rate=adapt_rate, lagrange_max=args.lagrange_max)
     controller.start(args.lagrange_init)
 
     # --- What a checkpoint holds, with torch's random state; --resume puts all of it back here ---
     buffer = ReplayBuffer(task.obs_dim, task.act_dim, device)
-    progress = dict(env_steps=0, episode=0, cumulative_cost=0.0, violation_regret=0.0)
+    progress = dict(env_steps=0, episode=0, cumulative_cost=0.0, violation_regret=0.0,
+                    largest_cost=float(offline_data.storage["costs"].max()))
     evaluations = {}
     run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256), progress,
              new_actor=actor, offline_actor=offline_actor, q=q, qc=qc, q_target=q_target,
@@ -504,6 +513,7 @@ def main(args: Args) -> None:
             buffer.add(observations=obs, next_observations=next_obs, actions=action,
                        rewards=args.reward_scale * reward, costs=info["cost"],
                        terminals=terminated, timeouts=truncated)
+            progress["largest_cost"] = max(progress["largest_cost"], info["cost"])
             progress["env_steps"] += 1
             episode_return += reward
             episode_cost += info["cost"]
@@ -533,18 +543,18 @@ def main(args: Args) -> None:
         env_steps = progress["env_steps"]
 
         # --- Update the multiplier ---
-        controller.update(float(np.mean([row["episode_cost"] for row in rows])))
+        gradient_steps = int(args.utd * env_steps) - int(args.utd * steps_before)
+        controller.update(float(np.mean([row["episode_cost"] for row in rows])), gradient_steps)
 
         # --- Gradient steps ---
         metrics = {}
-        gradient_steps = int(args.utd * env_steps) - int(args.utd * steps_before)
         for _ in range(gradient_steps):
             batch = sample_mixed(offline_data, buffer, args.batch_size)  # as in the authors' code
             alpha = log_alpha.detach().exp()
 
             # --- Update critics ---
             targets = composed_targets(batch, offline_actor, actor, q_target, qc_target, args.gamma, alpha,
-                                       controller.multiplier, args.temperature)
+                                       controller.multiplier, args.temperature, progress["largest_cost"])
             loss, metrics = critic_loss(batch, q, qc, *targets)
             critic_optimizer.zero_grad()
             loss.backward()

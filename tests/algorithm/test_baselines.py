@@ -115,7 +115,7 @@ def test_composed_targets_are_the_expectation_over_the_choice_with_the_new_polic
     proposals = torch.rand(2, 12, 1) * 2 - 1
     log_prob = torch.randn(12)
     y, yc = pex.composed_targets(batch, lambda obs: (proposals[0], torch.full((12,), 99.0)),
-                                 lambda obs: (proposals[1], log_prob), q, qc, 0.9, 0.3, 0.6, 0.05)
+                                 lambda obs: (proposals[1], log_prob), q, qc, 0.9, 0.3, 0.6, 0.05, 1.0)
     assert not y.requires_grad and not yc.requires_grad
     for k in range(12):
         obs, values, q_values, qc_values = batch["next_observations"][k : k + 1], [], [], []
@@ -125,7 +125,7 @@ def test_composed_targets_are_the_expectation_over_the_choice_with_the_new_polic
             values.append((q_values[-1] - 0.6 * qc_values[-1]) / 1.6)
         new = 1 / (1 + math.exp((values[0] - values[1]) / 0.05))
         value = (1 - new) * q_values[0] + new * (q_values[1] - 0.3 * float(log_prob[k]))
-        cost = (1 - new) * qc_values[0] + new * qc_values[1]
+        cost = min(max(0.0, (1 - new) * qc_values[0] + new * qc_values[1]), 1.0 / (1 - 0.9))
         go_on = 0.0 if k % 3 == 0 else 0.9
         assert float(y[k]) == pytest.approx(float(batch["rewards"][k]) + go_on * value, abs=1e-5)
         assert float(yc[k]) == pytest.approx(float(batch["costs"][k]) + go_on * cost, abs=1e-5)
@@ -166,7 +166,7 @@ def noise_at(action, n=20_000, std=0.3, clip=0.6):
     """The target actions (n, act_dim) that perturbed_targets asks both critics about."""
     torch.manual_seed(0)
     act, q, qc = torch.tensor(action).expand(n, -1), Recorder(), Recorder()
-    so2.perturbed_targets(random_batch(n), lambda obs: (act, torch.zeros(n)), q, qc, 0.9, 0.1, std, clip)
+    so2.perturbed_targets(random_batch(n), lambda obs: (act, torch.zeros(n)), q, qc, 0.9, 0.1, std, clip, 1.0)
     assert torch.equal(q.act, qc.act)
     return q.act.numpy()
 
@@ -192,12 +192,12 @@ def test_perturbed_target_actions_stay_within_the_box():
 def test_perturbed_targets_are_values_of_the_noisy_action_with_the_policys_entropy():
     batch, log_prob, q = random_batch(12, obs_dim=1), torch.randn(12), Recorder()
     actor = StubActor(log_prob.tolist())
-    y, yc = so2.perturbed_targets(batch, actor, q, lambda obs, act: 5 * act.T, 0.9, 0.3, 0.2, 0.35)
+    y, yc = so2.perturbed_targets(batch, actor, q, lambda obs, act: 5 * act.T, 0.9, 0.3, 0.2, 0.35, 0.2)
     a = q.act[:, 0]
     go_on = 0.9 * (torch.arange(12) % 3 != 0)
     value = torch.minimum(3 * a, 2 * a + 1) - 0.3 * log_prob
     torch.testing.assert_close(y, batch["rewards"] + go_on * value)
-    torch.testing.assert_close(yc, batch["costs"] + go_on * 5 * a)
+    torch.testing.assert_close(yc, batch["costs"] + go_on * (5 * a).clamp(0, 2))
 
 
 def test_every_update_of_the_critics_has_a_batch_and_noise_of_its_own():

@@ -72,7 +72,7 @@ def test_targets_by_hand_with_a_terminal_and_a_time_limit(monkeypatch):
     def qc(obs, act):
         return (5 * obs + 10 * act).T
 
-    target, cost_target = bear_targets(batch, None, q, qc, 0.5, 2)
+    target, cost_target = bear_targets(batch, None, q, qc, 0.5, 2, 12.0)
     # s = 1: Q is (2, 18) and (4, 16), of which 3/4 of the smaller and 1/4 of the larger are 6 and 7
     # s = 3: Q is (18, 42) and (36, 24): 24 and 27; Qc is 7 and 9 for s = 1, 21 and 27 for s = 3
     torch.testing.assert_close(target, torch.tensor([1 + 7 / 2, 2.0, 3 + 27 / 2]))
@@ -87,7 +87,7 @@ def test_targets_are_of_the_target_actor_and_several_actions_and_carry_no_gradie
     assert not torch.equal(targets[0].actor_target_parameters, targets[-1].actor_target_parameters)
     call = targets[-1]
     assert not any(x.requires_grad for x in bear_targets(
-        call.batch, losses[-1].actor, losses[-1].q, losses[-1].qc, call.gamma, call.n))
+        call.batch, losses[-1].actor, losses[-1].q, losses[-1].qc, call.gamma, call.n, call.largest_cost))
 
 
 # --- Multiplier ---

@@ -95,7 +95,7 @@ def test_value_is_the_smallest_of_the_reward_critics_and_the_mean_of_the_cost_cr
 def test_time_limit_bootstraps_and_terminal_does_not(n_cost):
     """gamma 1/2, entropy weights 1/2 and 1/4, min Q = (4, 1, 3, 7), log pi = (1, -2, 1/2, -1)."""
     q, qc = StubCritic(*Q_TABLE), StubCritic(*n_cost * [[2.0, 4.0, 6.0, 8.0]])
-    target, cost_target = soft_targets(BATCH, StubActor([1.0, -2.0, 0.5, -1.0]), q, qc, 0.5, 0.5, 0.25)
+    target, cost_target = soft_targets(BATCH, StubActor([1.0, -2.0, 0.5, -1.0]), q, qc, 0.5, 0.5, 0.25, 4.0)
     assert target.tolist() == [
         1.0,  # terminal: the reward alone, without entropy
         3.0,  # time limit: 2 + (1 + 1) / 2
@@ -110,10 +110,18 @@ def test_time_limit_bootstraps_and_terminal_does_not(n_cost):
     ]
 
 
+def test_bootstrap_of_qc_is_within_what_costs_can_add_up_to():
+    """gamma 1/2, costs up to 3 a step: values from 0 to 6; the entropy term comes on top."""
+    qc = StubCritic([-5.0, 7.0, 5.0, -1.0])
+    _, cost_target = soft_targets(BATCH, StubActor([0.0, -2.0, 0.0, 2.0]), StubCritic(*Q_TABLE), qc, 0.5, 0.5,
+                                  0.25, 3.0)
+    assert cost_target.tolist() == [0.0, 4.25, 2.5, 0.75]  # terminal, 1 + 6.5 / 2, 5 / 2, 1 - 0.5 / 2
+
+
 def test_targets_carry_no_gradient(n_cost):
     torch.manual_seed(0)
     actor, q, qc = Actor(1, 1, hidden=8), Critic(2, 1, 1, hidden=8), Critic(n_cost, 1, 1, hidden=8)
-    assert not any(target.requires_grad for target in soft_targets(BATCH, actor, q, qc, 0.9, 0.1, 0.1))
+    assert not any(target.requires_grad for target in soft_targets(BATCH, actor, q, qc, 0.9, 0.1, 0.1, 1.0))
 
 
 # --- Losses ---

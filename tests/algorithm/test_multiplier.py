@@ -259,6 +259,38 @@ def test_script_of_the_released_law_runs_marvel_with_it_and_leaves_marvel_as_it_
     assert marvel_sac_pid.PIDLagrangian is PIDLagrangian
 
 
+# --- Units ---
+def test_rewards_times_ten_give_the_multiplier_times_ten():
+    """The critics' gradients of the reward, so lambda_ls and lambda_norm, are ten times as large."""
+    one, ten = (PIDLagrangian(TARGET, 0.2, 0.01, 0.3, cost_unit=40.0, lagrange_max=1e6) for _ in range(2))
+    one.start(0.2, fading_from=0.7, unit=0.7)
+    ten.start(2.0, fading_from=7.0, unit=7.0)
+    costs = ADVERSARIAL["up, down, up"]
+    expected = [10 * value for value in multipliers(one, costs)]
+    assert max(expected) > 1 and multipliers(ten, costs) == pytest.approx(expected)
+    assert gains(ten) == pytest.approx(gains(one))
+
+
+def test_costs_and_limit_times_three_give_the_multiplier_by_three():
+    one = PIDLagrangian(TARGET, 0.2, 0.01, 0.3, cost_unit=40.0)
+    three = PIDLagrangian(3 * TARGET, 0.2, 0.01, 0.3, cost_unit=120.0)
+    one.start(0.3, fading_from=0.9, unit=0.9)
+    three.start(0.1, fading_from=0.3, unit=0.3)
+    costs = np.random.default_rng(0).exponential(40, 300)
+    expected = [value / 3 for value in multipliers(one, costs)]
+    assert len(set(expected)) > 100 and multipliers(three, 3 * costs) == pytest.approx(expected)
+    assert gains(three) == pytest.approx(gains(one))
+
+
+def test_integral_winds_per_gradient_step():
+    """Unit 2, costs in units of 40: 100 gradient steps at 40 above the target add 2 * 0.01 * 100 * 1."""
+    controller = PIDLagrangian(TARGET, 0.0, 0.01, 0.0, cost_unit=40.0, adapt_rate=0.0)
+    controller.start(0.5, unit=2.0)
+    assert controller.update(60.0, gradient_steps=100) == pytest.approx(0.5 + 2.0)
+    assert controller.update(60.0, gradient_steps=25) == pytest.approx(0.5 + 2.0 + 0.5)
+    assert controller.update(0.0, gradient_steps=0) == pytest.approx(3.0)
+
+
 # --- Saving ---
 @pytest.mark.parametrize("law", [PIDLagrangian, ReleasedPIDLagrangian])
 @pytest.mark.parametrize("length", [0, 3, 25])

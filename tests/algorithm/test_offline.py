@@ -69,15 +69,24 @@ def test_targets_mask_the_reward_bootstrap_where_the_next_cost_value_is_unsafe(n
     """gamma 1/2, threshold 5: transitions 1 and 2 lead to unsafe actions, 3 is exactly at the threshold."""
     batch = {**BATCH, "terminals": torch.tensor([0.0, 0.0, 1.0, 0.0])}
     q, qc = StubCritic(*Q_TABLE), StubCritic(*n_cost * [[2.0, 6.0, 7.0, 5.0]])
-    target, cost_target = cpq_targets(batch, StubActor([9.0] * 4), q, qc, 0.5, 5.0)
+    target, cost_target = cpq_targets(batch, StubActor([9.0] * 4), q, qc, 0.5, 5.0, 4.0)
     assert target.tolist() == [3.0, 2.0, 3.0, 7.5]  # 1 + 4/2, 2, 3, 4 + 7/2
     assert cost_target.tolist() == [1.0, 4.0, 0.0, 3.5]  # 0 + 2/2, 1 + 6/2, terminal, 1 + 5/2
+
+
+def test_bootstrap_of_qc_is_within_what_costs_can_add_up_to():
+    """gamma 1/2, costs up to 3 a step: values from 0 to 6; what is unsafe stays so."""
+    batch = {**BATCH, "terminals": torch.tensor([0.0, 0.0, 1.0, 0.0])}
+    q, qc = StubCritic(*Q_TABLE), StubCritic([-5.0, 7.0, 5.0, 5.0])
+    target, cost_target = cpq_targets(batch, StubActor([9.0] * 4), q, qc, 0.5, 5.5, 3.0)
+    assert cost_target.tolist() == [0.0, 4.0, 0.0, 3.5]  # 0, 1 + 6/2, terminal, 1 + 5/2
+    assert target.tolist() == [3.0, 2.0, 3.0, 7.5]
 
 
 def test_targets_carry_no_gradient(n_cost):
     torch.manual_seed(0)
     actor, q, qc = Actor(1, 1, hidden=8), Critic(2, 1, 1, hidden=8), Critic(n_cost, 1, 1, hidden=8)
-    assert not any(target.requires_grad for target in cpq_targets(BATCH, actor, q, qc, 0.9, 1.0))
+    assert not any(target.requires_grad for target in cpq_targets(BATCH, actor, q, qc, 0.9, 1.0, 1.0))
 
 
 # --- Penalty ---

@@ -35,9 +35,10 @@ import marvel_sac_pid
 ONLINE_KINDS = ("marvel", "rollouts", "scratch", "jsrl", "pex", "so2")
 VPA_ROLLOUTS = 20  # two episodes, the first that reach 15 steps
 CRITIC_UPDATES = {"so2": 3}  # per gradient step
-TARGET_COST = 2.0 * (1 - 0.25)  # what the multiplier aims at
+COST_LIMIT = 2.0
+TARGET_COST = COST_LIMIT * (1 - 0.25)  # what the multiplier aims at
 ONE_EPISODE = dict(total_timesteps=1, vpa_steps=0)  # no pre-alignment either
-WITHOUT_LEARNING = dict(utd=1e-9, vpa_steps=0, lagrange_init=0.5)
+WITHOUT_LEARNING = dict(actor_lr=0.0, critic_lr=0.0, vpa_steps=0)
 
 
 def kinds(*names):
@@ -131,7 +132,7 @@ def brief(kind):
         return run(kind, tau=0.0, update_steps=1), *(run(kind, tau=0.3, update_steps=n) for n in (1, 2))
     if kind == "vpa":
         return [run("marvel", vpa_tau=0.3, vpa_steps=n, total_timesteps=0) for n in (0, 1, 2)]
-    options = dict(total_timesteps=1, tau=0.3)
+    options = dict(total_timesteps=1, tau=0.3, ki=0.0)  # or the multiplier would depend on their number
     options |= {"marvel": dict(vpa_steps=0), "so2": dict(critic_updates=1)}.get(kind, {})
     options |= dict(learning_starts=1) if kind in ("scratch", "jsrl") else {}
     start = run(kind, **options, utd=1e-9)
@@ -309,7 +310,8 @@ def test_scratch_explores_uniformly_until_learning_starts(monkeypatch):
 
 
 def test_finetuning_plays_the_policy_from_its_first_step():
-    actions = steps_of(new_run("marvel", **WITHOUT_LEARNING, checkpoint=start_from((0.5, -0.3))))["actions"]
+    actions = steps_of(new_run("marvel", **WITHOUT_LEARNING, lagrange_init=0.5,
+                               checkpoint=start_from((0.5, -0.3))))["actions"]
     assert np.abs(actions - np.tanh([0.5, -0.3])).mean() < 0.1  # uniform ones have half a unit and more
     assert actions.std(0).min() > 1e-3  # samples
 
@@ -364,13 +366,21 @@ def test_entropy_weight_rises_below_the_entropy_target_and_falls_above(log_std, 
 
 
 # --- Multiplier ---
-def test_multiplier_takes_the_mean_cost_of_a_blocks_episodes_once():
-    """By dual ascent, which is a sum."""
-    metrics = new_run("marvel", **WITHOUT_LEARNING, multiplier="dual",
+@pytest.fixture
+def aligned(monkeypatch):
+    """The aligned critics give least squares 0.3 and a ratio of norms of 0.8, which is the unit too."""
+    monkeypatch.setattr(marvel_sac_pid, "aligned_multipliers", lambda *_: (0.3, 0.8))
+
+
+def test_multiplier_takes_the_mean_cost_of_a_blocks_episodes_once(aligned):
+    """By dual ascent, which is a sum; there is a gradient step per environment step."""
+    metrics = new_run("marvel", **WITHOUT_LEARNING, multiplier="dual", lagrange_init=0.5,
                       rollout_episodes=2, total_timesteps=100).metrics
     costs, multiplier, expected = metrics["episode_cost"].reshape(-1, 2).mean(1), 0.5, []
-    for cost in costs:
-        multiplier = max(0.0, multiplier + ONLINE["ki"] * (cost - TARGET_COST))
+    lengths = np.diff(metrics["env_steps"][1::2], prepend=0)  # of the blocks
+    for cost, steps in zip(costs, lengths, strict=True):
+        error = (cost - TARGET_COST) / COST_LIMIT
+        multiplier = max(0.0, multiplier + 0.8 * ONLINE["ki"] * steps * error)
         expected += [multiplier, multiplier]
     assert len(set(costs)) > 2
     np.testing.assert_allclose(metrics["lagrange_multiplier"], expected, rtol=1e-5)
@@ -396,20 +406,20 @@ def test_multiplier_waits_until_learning_starts(kind):
 @pytest.mark.parametrize(("multiplier", "gains"), [
     ("apid", (0.02, 0.01, 0.03)), ("pid", (0.02, 0.01, 0.03)), ("dual", (0.0, 0.01, 0.0)),
     ("fixed", (0.0, 0.0, 0.0))])
-def test_law_of_the_multiplier_has_its_gains_and_its_rate(multiplier, gains):
+def test_law_of_the_multiplier_has_its_gains_and_its_rate(aligned, multiplier, gains):
     """The first update is of the first gains; the adaptive law's factor is 1 + 0.07 (J - target) / J."""
-    metrics = new_run("marvel", **ONE_EPISODE, utd=1e-9, lagrange_init=0.5, multiplier=multiplier).metrics
-    (cost,), (kp, ki, kd) = metrics["episode_cost"], gains
+    metrics = new_run("marvel", **ONE_EPISODE, lagrange_init=0.5, multiplier=multiplier).metrics
+    (cost,), (steps,), (kp, ki, kd) = metrics["episode_cost"], metrics["env_steps"], gains
     error = cost - TARGET_COST
-    assert error > 0
-    expected = 0.5 + ki * error + kp * 0.1 * error + kd * 0.1 * cost
+    assert error > 0 and steps > 1
+    expected = 0.5 + 0.8 / COST_LIMIT * (ki * steps * error + kp * 0.1 * error + kd * 0.1 * cost)
     assert metrics["lagrange_multiplier"][0] == pytest.approx(expected, rel=1e-5)
     factor = 1 + 0.07 * error / cost if multiplier == "apid" else 1
     logged = [metrics[name][0] for name in ("kp", "ki", "kd")]
     assert logged == pytest.approx([kp * factor, ki * factor, kd], rel=1e-5)
 
 
-FIRST = {  # integral and proportional part before the first update; least squares 0.3, ratio of norms 0.8
+FIRST = {  # integral and proportional part before the first update
     "relax": (dict(lagrange_init="relax"), 0.3, 0.5),
     "aligned": (dict(lagrange_init="aligned"), 0.3, 0.0),
     "norm-ratio": (dict(lagrange_init="norm-ratio"), 0.8, 0.0),
@@ -419,15 +429,27 @@ FIRST = {  # integral and proportional part before the first update; least squar
 
 
 @pytest.mark.parametrize("start", FIRST)
-def test_first_multiplier_and_first_update(monkeypatch, start):
+def test_first_multiplier_and_first_update(aligned, start):
     options, integral, proportional = FIRST[start]
-    monkeypatch.setattr(marvel_sac_pid, "aligned_multipliers", lambda *_: (0.3, 0.8))
-    metrics = new_run("marvel", **ONE_EPISODE, **options, utd=1e-9).metrics
-    (cost,), kp = metrics["episode_cost"], options.get("kp", ONLINE["kp"])
+    metrics = new_run("marvel", **ONE_EPISODE, **options).metrics
+    (cost,), (steps,), kp = metrics["episode_cost"], metrics["env_steps"], options.get("kp", ONLINE["kp"])
     error = cost - TARGET_COST
-    expected = (integral + ONLINE["ki"] * error + 0.9 * proportional + kp * 0.1 * error
-                + ONLINE["kd"] * 0.1 * cost)
+    change = ONLINE["ki"] * steps * error + kp * 0.1 * error + ONLINE["kd"] * 0.1 * cost
+    expected = integral + 0.9 * proportional + 0.8 / COST_LIMIT * change
     assert metrics["lagrange_multiplier"][0] == pytest.approx(expected, rel=1e-5)
+
+
+@kinds("scratch", "jsrl", "pex", "so2")
+def test_multiplier_has_the_unit_1_where_no_critics_are_aligned(kind):
+    result = run(kind)
+    assert result.checkpoint["controller"]["unit"] == 1.0
+    assert result.checkpoint["controller"]["cost_unit"] == COST_LIMIT
+
+
+def test_unit_of_the_multiplier_is_the_ratio_of_norms_and_is_not_zero(monkeypatch):
+    for ratio, unit in (0.8, 0.8), (0.0, marvel_sac_pid.SMALLEST_UNIT):
+        monkeypatch.setattr(marvel_sac_pid, "aligned_multipliers", lambda *_, ratio=ratio: (0.0, ratio))
+        assert new_run("marvel", **ONE_EPISODE).checkpoint["controller"]["unit"] == unit
 
 
 def test_first_multiplier_is_of_the_aligned_critics_at_the_datasets_states(monkeypatch):
