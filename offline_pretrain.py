@@ -1,4 +1,4 @@
-# CPQ (Constraints Penalized Q-learning, arXiv 2107.09003): an offline safe policy. Docs: README.md
+# An offline safe policy: CPQ (arXiv 2107.09003) with imitation in place of its penalty. Docs: README.md
 import math
 import os
 from copy import deepcopy
@@ -50,31 +50,27 @@ class Args:
     """factor on the reward inside the critics (costs are not scaled); logs are unscaled"""
     batch_size: int = 256
     """transitions per gradient step"""
-    update_steps: int = 6_000
+    update_steps: int = 4_000
     """gradient steps"""
-    critic_lr: float = 1e-3
-    """learning rate of both critics"""
-    actor_lr: float = 3e-4
-    """learning rate of the actor"""
+    critic_lr: float = 2e-3
+    """first learning rate of both critics"""
+    actor_lr: float = 1e-3
+    """first learning rate of the actor"""
+    lr_decay_steps: int = 1_000
+    """after so many gradient steps both rates are halved: they are divided by 1 + step / lr_decay_steps"""
     tau: float = 0.02
-    """target networks' step per gradient step"""
-    vae_lr: float = 1e-3
-    """learning rate of the VAE"""
-    vae_beta: float = 0.1
-    """weight of the VAE's KL term"""
+    """target Q's step per gradient step"""
+    qc_tau: float = 0.05
+    """target Qc's: a constant error of a critic fades by about exp(-steps * tau * (1 - gamma))"""
+    actor_tau: float = 1e-3
+    """step of the averaged actor, which is the policy, towards the trained one; 1: no average"""
 
-    # --- CPQ ---
-    bc_weight: float = 0.1
+    # --- Policy ---
+    bc_weight: float = 5.0
     """weight of imitating the data's actions that are safe and better than the policy's own"""
-    ood_actions: int = 2
-    """policy actions per state that are tested for being out of distribution"""
-    ood_quantile: float = 0.95
-    """out of distribution is a larger VAE KL than this share of the data's own actions has"""
-    ood_weight: float = 0.01
-    """weight of the penalty that raises Qc of out-of-distribution actions to the threshold"""
 
     # --- Evaluation ---
-    eval_every: int = 3_000
+    eval_every: int = 2_000
     """gradient steps between evaluations"""
     eval_episodes: int = 20
     """episodes of each evaluation, sampled and mean-action"""
@@ -86,8 +82,8 @@ LOG_EVERY = 250  # gradient steps between lines of metrics.csv
 
 # metrics.csv, one line per LOG_EVERY gradient steps; a new number needs its name here
 COLUMNS = (
-    "update_steps", "q_loss", "qc_loss", "q_mean", "qc_mean", "actor_loss", "vae_loss",
-    "safe_share", "imitated_share", "ood_share", "ood_shortfall",
+    "update_steps", "q_loss", "qc_loss", "q_mean", "qc_mean", "actor_loss",
+    "safe_share", "at_threshold_share", "imitated_share",
     "eval_sampled_return", "eval_sampled_cost", "eval_mean_return", "eval_mean_cost",
 )
 
@@ -168,34 +164,6 @@ class Critic(nn.Module):
         return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)
 
 
-class VAE(nn.Module):
-    """Conditional VAE of the data's actions; the KL of its encoder tells how far an action is from them."""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden: int = 256):
-        super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Linear(obs_dim + act_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-            nn.Linear(hidden, 4 * act_dim))
-        self.decoder = nn.Sequential(
-            nn.Linear(obs_dim + 2 * act_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-            nn.Linear(hidden, act_dim), nn.Tanh())
-
-    def encode(self, obs, act):
-        """Mean and log std of the latent (batch, 2 act_dim) and KL(q(z | s, a) || N(0, 1)), (batch,)."""
-        mean, log_std = self.encoder(torch.cat([obs, act], -1)).chunk(2, -1)
-        log_std = log_std.clamp(-4, 15)  # as in BEAR's code
-        kl = 0.5 * (mean**2 + (2 * log_std).exp() - 1 - 2 * log_std).sum(-1)
-        return mean, log_std, kl
-
-    def loss(self, obs, act, beta):
-        """Squared reconstruction error + beta KL, and the KL (batch,) for its quantile."""
-        mean, log_std, kl = self.encode(obs, act)
-        z = mean + log_std.exp() * torch.randn_like(mean)
-        reconstruction = self.decoder(torch.cat([obs, z], -1))
-        squared_error = ((reconstruction - act) ** 2).sum(-1)
-        return squared_error.mean() + beta * kl.mean(), kl.detach()
-
-
 def reward_value(q, obs, act):
     """Q(s, a) (batch,): the smallest of the networks', as in SAC."""
     return q(obs, act).amin(0)
@@ -273,21 +241,6 @@ def critic_loss(batch, q, qc, q_target_value, qc_target_value):
     return q_loss + qc_loss, metrics
 
 
-def ood_shortfall(obs, actor, vae, qc, n, kl_threshold, qc_threshold):
-    """E[max(0, threshold - Qc(s, a))] over the policy's out-of-distribution actions, and their share.
-
-    CPQ asks for E[Qc] >= threshold there (eq. 7). Ours asks it of every single action, so that nothing is
-    gained by raising Qc above the threshold: under the expectation it inflates. The gradient goes through Qc.
-    """
-    obs = obs.repeat(n, 1)
-    with torch.no_grad():
-        act, _ = actor(obs)
-        _, _, kl = vae.encode(obs, act)
-        ood = (kl > kl_threshold).float()
-    shortfall = F.relu(qc_threshold - cost_value(qc, obs, act))
-    return (ood * shortfall).sum() / ood.sum().clamp_min(1), ood.mean()
-
-
 def log_likelihood(obs, act, actor):
     """log pi(act | obs) (batch,), up to a term without parameters of the actor."""
     u = act.clamp(-MAX_ACTION, MAX_ACTION).atanh()
@@ -298,23 +251,28 @@ def log_likelihood(obs, act, actor):
 def actor_loss(batch, actor, q, qc, qc_threshold, bc_weight):
     """CPQ's objective (eq. 9) and filtered imitation, and its numbers for the log.
 
-    -E[1(Qc(s, a) <= threshold) Q(s, a)] / E|Q|, a ~ actor, has no gradient where the policy is unsafe, and
-    follows Q's errors wherever Qc finds them safe. So the data's own actions b that are safe and worth more
-    than the policy's are imitated: -bc_weight E[1(Qc(s, b) <= threshold, Q(s, b) >= Q(s, a)) log pi(b | s)],
-    which is critic-regularised regression (Wang et al. 2020) under CPQ's condition.
+    With a ~ actor and b the data's action, -E[1(Qc(s, a) <= threshold) Q(s, a)] / E|Q(s, b) - Q(s, a)| has no
+    gradient where the policy is unsafe, and follows Q's errors wherever Qc finds them safe. So actions b that
+    are safe and worth more than the policy's are imitated:
+    -bc_weight E[1(Qc(s, b) <= threshold, Q(s, b) >= Q(s, a)) log pi(b | s)],
+    which is critic-regularised regression (Wang et al. 2020) under CPQ's condition. Both terms have no unit:
+    Q is divided by what the choice of the action changes in it, which is 1 to 6 % of it, from task to task.
     """
     obs, data_act = batch["observations"], batch["actions"]
     act, _ = actor(obs)
     value = reward_value(q, obs, act)
     with torch.no_grad():
-        safe = (cost_value(qc, obs, act) <= qc_threshold).float()
+        act_qc = cost_value(qc, obs, act)
+        safe = (act_qc <= qc_threshold).float()
+        at_threshold = (act_qc - qc_threshold).abs() <= 0.02 * qc_threshold
         data_safe = cost_value(qc, obs, data_act) <= qc_threshold
-        better = data_safe & (reward_value(q, obs, data_act) >= value)
-    scale = value.detach().abs().mean().clamp_min(1e-6)
+        data_value = reward_value(q, obs, data_act)
+        better = data_safe & (data_value >= value)
+        scale = (data_value - value).abs().mean().clamp_min(1e-6)
     imitation = (better * log_likelihood(obs, data_act, actor)).mean()
     loss = -(safe * value).mean() / scale - bc_weight * imitation
     metrics = {"actor_loss": loss.detach(), "safe_share": safe.mean(),
-               "imitated_share": better.float().mean()}
+               "at_threshold_share": at_threshold.float().mean(), "imitated_share": better.float().mean()}
     return loss, metrics
 
 
@@ -347,18 +305,17 @@ def main(args: Args) -> None:
     data.load_state_dict(dataset)
 
     # --- Networks ---
-    actor = Actor(task.obs_dim, task.act_dim).to(device)
+    trained_actor = Actor(task.obs_dim, task.act_dim).to(device)
+    actor = deepcopy(trained_actor)  # its average: what is evaluated and handed over
     q = Critic(2, task.obs_dim, task.act_dim).to(device)
     qc = Critic(1, task.obs_dim, task.act_dim).to(device)
     # what both phases must agree on
     facts = task.facts() | dict(hidden=256, activation="relu", gamma=args.gamma,
                                 reward_scale=args.reward_scale)
-    vae = VAE(task.obs_dim, task.act_dim).to(device)
     q_target = deepcopy(q).requires_grad_(False)
     qc_target = deepcopy(qc).requires_grad_(False)
     critic_optimizer = torch.optim.Adam([*q.parameters(), *qc.parameters()], args.critic_lr, fused=True)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
-    vae_optimizer = torch.optim.Adam(vae.parameters(), args.vae_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(trained_actor.parameters(), args.actor_lr, fused=True)
 
     # The limit is a sum over an episode's T steps (T: of the data's longest episode), Qc a discounted one:
     # spent evenly, the limit has the discounted sum (limit / T) (1 + gamma + ... + gamma^(T-1)).
@@ -370,44 +327,40 @@ def main(args: Args) -> None:
     progress = dict(update_steps=0)
     evaluations = {}
     run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256), progress,
-             actor=actor, q=q, qc=qc, vae=vae, q_target=q_target, qc_target=qc_target,
-             critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, vae_optimizer=vae_optimizer,
+             actor=actor, trained_actor=trained_actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target,
+             critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
              evaluations=evaluations, constant=(data,))
 
     bar = tqdm(range(progress["update_steps"] + 1, args.update_steps + 1), "offline", mininterval=1)
     for step in bar:
         batch = data.sample(args.batch_size)
 
-        # --- Update VAE ---
-        vae_loss, kl = vae.loss(batch["observations"], batch["actions"], args.vae_beta)
-        vae_optimizer.zero_grad()
-        vae_loss.backward()
-        vae_optimizer.step()
+        # --- Decay the learning rates ---
+        decay = 1 / (1 + step / args.lr_decay_steps)
+        critic_optimizer.param_groups[0]["lr"] = args.critic_lr * decay
+        actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay
 
         # --- Update critics ---
-        targets = cpq_targets(batch, actor, q_target, qc_target, args.gamma, qc_threshold,
+        targets = cpq_targets(batch, trained_actor, q_target, qc_target, args.gamma, qc_threshold,
                               largest_cost)
-        bellman_loss, metrics = critic_loss(batch, q, qc, *targets)
-        kl_threshold = kl.quantile(args.ood_quantile)
-        shortfall, ood_share = ood_shortfall(batch["observations"], actor, vae, qc, args.ood_actions,
-                                             kl_threshold, qc_threshold)
-        loss = bellman_loss + args.ood_weight * shortfall
+        loss, metrics = critic_loss(batch, q, qc, *targets)
         critic_optimizer.zero_grad()
         loss.backward()
         critic_optimizer.step()
-        metrics |= {"vae_loss": vae_loss.detach(),
-                    "ood_shortfall": shortfall.detach(), "ood_share": ood_share}
 
         # --- Update actor ---
-        loss, actor_metrics = actor_loss(batch, actor, q, qc, qc_threshold, args.bc_weight)
+        loss, actor_metrics = actor_loss(batch, trained_actor, q, qc, qc_threshold, args.bc_weight)
         actor_optimizer.zero_grad()
-        loss.backward(inputs=list(actor.parameters()))  # leaves the critics alone
+        loss.backward(inputs=list(trained_actor.parameters()))  # leaves the critics alone
         actor_optimizer.step()
         metrics |= actor_metrics
 
         # --- Update target networks ---
         follow(q_target, q, args.tau)
-        follow(qc_target, qc, args.tau)
+        follow(qc_target, qc, args.qc_tau)
+
+        # --- Average the actor ---
+        follow(actor, trained_actor, max(args.actor_tau, 1 / step))
 
         # --- Evaluate, log, save ---
         progress["update_steps"] += 1

@@ -51,8 +51,8 @@ class Args:
     # --- Constraint ---
     cost_limit: float = 20.0
     """limit of the expected cost per episode (undiscounted sum)"""
-    cost_margin: float = 0.5
-    """the multiplier aims at (1 - cost_margin) * cost_limit; aiming at the limit exceeds it half the time"""
+    cost_margin: float = 1.0
+    """the multiplier aims this many standard deviations of an episode's cost below the limit; 0: at it"""
 
     # --- Critics ---
     gamma: float = 0.99
@@ -73,7 +73,7 @@ class Args:
     """environment steps of finetuning"""
     rollout_episodes: int = 1
     """full episodes collected between two updates of the multiplier"""
-    utd: float = 0.25
+    utd: float = 0.5
     """gradient steps per environment step"""
     learning_starts: int = 1_000
     """environment steps before the first update"""
@@ -253,7 +253,7 @@ class ReplayBuffer:
 class PIDLagrangian:
     """Lagrange multiplier set by a PID controller with adaptive gains (Stooke et al. 2020; Marvel).
 
-    With J the mean undiscounted episode cost of a rollout block, e = (J - target_cost) / cost_unit, and n the
+    With J the mean undiscounted episode cost of a rollout block, e = (J - target) / cost_unit, and n the
     gradient steps that the block is followed by, one update is
         I <- max(0, I + ki n e)     P <- ema P + (1 - ema) e     C <- ema C + (1 - ema) J / cost_unit
         multiplier = unit clip(kp P + I + kd max(0, C - C of d_delay updates ago), 0, lagrange_max / unit)
@@ -264,12 +264,19 @@ class PIDLagrangian:
     Gains stay below max_growth times their first value; f is 1 where the target is 0. adapt_rate = 0 is plain
     PID, with kp = kd = 0 dual ascent. C starts at 0, so that the first d_delay updates see it rise.
     P, I, C and the gains have no unit; that of the multiplier, reward per cost, is in `unit` alone.
+
+    The target is `margin` standard deviations of the last `spread_window` episodes' costs below the limit. An
+    episode that is not played yet counts as half the limit away from their mean, and the deviation is kept
+    between a quarter and a half of the limit: safe episodes say little of those nearer to it, and where the
+    deviation is larger, half the limit is margin enough for the mean of twenty episodes.
     """
 
-    def __init__(self, target_cost: float, kp: float, ki: float, kd: float, cost_unit: float = 1.0,
-                 ema: float = 0.9, d_delay: int = 10, adapt_rate: float = 0.05, max_growth: float = 10.0,
-                 lagrange_max: float = 100.0):
-        self.target_cost = target_cost
+    def __init__(self, cost_limit: float, kp: float, ki: float, kd: float, margin: float = 0.0,
+                 cost_unit: float = 1.0, ema: float = 0.9, d_delay: int = 10, adapt_rate: float = 0.05,
+                 max_growth: float = 10.0, lagrange_max: float = 100.0, spread_window: int = 20):
+        self.cost_limit = cost_limit
+        self.margin = margin
+        self.target_cost = cost_limit  # until the first update
         self.cost_unit = cost_unit
         self.first_gains = [kp, ki, kd]
         self.gains = [kp, ki, kd]
@@ -284,6 +291,7 @@ class PIDLagrangian:
         self.cost_ema = 0.0  # C
         self.cost_emas = deque([0.0], maxlen=d_delay)
         self.costs = deque(maxlen=d_delay)
+        self.episode_costs = deque(maxlen=spread_window)
 
     def start(self, multiplier: float, fading_from: float | None = None, unit: float = 1.0) -> None:
         """Begin at `multiplier`, or at the larger `fading_from`, whose excess shrinks by ema per update.
@@ -300,23 +308,34 @@ class PIDLagrangian:
             self.integral = min(multiplier, self.lagrange_max) / unit
             self.error_ema = (first / unit - self.integral) / kp
 
-    def update(self, episode_cost: float, gradient_steps: int = 1) -> float:
-        """Take the mean undiscounted cost of the last block's episodes, return the new multiplier."""
+    def update(self, *episode_costs: float, gradient_steps: int = 1) -> float:
+        """Take the undiscounted costs of the last block's episodes, return the new multiplier."""
         kp, ki, kd = self.gains
-        error = (episode_cost - self.target_cost) / self.cost_unit
+        mean_cost = sum(episode_costs) / len(episode_costs)
+        self.episode_costs.extend(episode_costs)
+        self.target_cost = self.cost_limit - self.margin * self.spread()
+        error = (mean_cost - self.target_cost) / self.cost_unit
         # the integral is kept within the multiplier's range, or it would go on winding up unseen
         largest = self.lagrange_max / self.unit
         self.integral = min(max(0.0, self.integral + ki * gradient_steps * error), largest)
         self.error_ema = self.ema * self.error_ema + (1 - self.ema) * error
-        self.cost_ema = self.ema * self.cost_ema + (1 - self.ema) * episode_cost / self.cost_unit
+        self.cost_ema = self.ema * self.cost_ema + (1 - self.ema) * mean_cost / self.cost_unit
         cost_rise = max(0.0, self.cost_ema - self.cost_emas[0])
         multiplier = kp * self.error_ema + self.integral + kd * cost_rise
         self.multiplier = self.unit * min(max(0.0, multiplier), largest)
         self.cost_emas.append(self.cost_ema)
-        self.costs.append(episode_cost)
+        self.costs.append(mean_cost)
         if self.adapt_rate > 0:
             self.adapt()
         return self.multiplier
+
+    def spread(self) -> float:
+        """Standard deviation of an episode's cost, as far as it is known."""
+        played = len(self.episode_costs)
+        missing = self.episode_costs.maxlen - played
+        squares = played * np.var(self.episode_costs) + missing * (self.cost_limit / 2) ** 2
+        deviation = math.sqrt(squares / (played + missing))
+        return min(max(self.cost_limit / 4, deviation), self.cost_limit / 2)
 
     def adapt(self) -> None:
         """Change the gains for the next update, or below the target unwind the integral."""
@@ -444,9 +463,9 @@ def main(args: Args) -> None:
     ki = args.ki if args.multiplier != "fixed" else 0.0
     kd = args.kd if args.multiplier in ("apid", "pid") else 0.0
     adapt_rate = args.adapt_rate if args.multiplier == "apid" else 0.0
-    target_cost = args.cost_limit * (1 - args.cost_margin)
-    controller = PIDLagrangian(target_cost, kp, ki, kd, cost_unit=args.cost_limit or 1.0,
-                               adapt_rate=adapt_rate, lagrange_max=args.lagrange_max)
+    controller = PIDLagrangian(args.cost_limit, kp, ki, kd, margin=args.cost_margin,
+                               cost_unit=args.cost_limit or 1.0, adapt_rate=adapt_rate,
+                               lagrange_max=args.lagrange_max)
     controller.start(args.lagrange_init)
 
     # --- What a checkpoint holds, with torch's random state; --resume puts all of it back here ---
@@ -512,7 +531,7 @@ def main(args: Args) -> None:
         learning = env_steps >= args.learning_starts
         gradient_steps = int(args.utd * env_steps) - int(args.utd * steps_before) if learning else 0
         if learning:
-            controller.update(float(np.mean([row["episode_cost"] for row in rows])), gradient_steps)
+            controller.update(*(row["episode_cost"] for row in rows), gradient_steps=gradient_steps)
 
         # --- Gradient steps ---
         metrics = {}

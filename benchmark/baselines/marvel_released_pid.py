@@ -32,9 +32,9 @@ class ReleasedPIDLagrangian(CONTROLLER):
         self.cost_unit = 1.0
         super().start(multiplier, fading_from)
 
-    def update(self, episode_cost: float, gradient_steps: int = 1) -> float:
+    def update(self, *episode_costs: float, gradient_steps: int = 1) -> float:
         """As PIDLagrangian's, but for the number of gradient steps."""
-        return super().update(episode_cost)
+        return super().update(*episode_costs)
 
     def adapt(self) -> None:
         """Change the gains for the next update."""

@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 DATASETS = ROOT / "datasets"
 SETTINGS = {row["env_id"]: row for row in csv.DictReader((Path(__file__).parent / "settings.csv").open())}
 OFFLINE, MARVEL, BASELINES = "offline_pretrain.py", "marvel_sac_pid.py", "benchmark/baselines/"
-OFFLINE_SCRIPTS = OFFLINE, BASELINES + "bear_lag.py", BASELINES + "bc_safe.py"
+OFFLINE_SCRIPTS = OFFLINE, BASELINES + "cpq.py", BASELINES + "bear_lag.py", BASELINES + "bc_safe.py"
 # The official code's setting: five episodes, then 20 gradient steps of 64 rows (0.02 per step at 200 steps an
 # episode), its learning rates, gains, law, entropy weight and budget, multiplier from 0, no margin.
 AS_RELEASED = (
@@ -48,7 +48,11 @@ METHODS = {
     "offline": (OFFLINE, None, ""),
     "bear-lag": (BASELINES + "bear_lag.py", None, ""),
     "bc-safe": (BASELINES + "bc_safe.py", None, ""),
+    # what the parts of offline_pretrain.py bring
+    "cpq": (BASELINES + "cpq.py", None, ""),
     "offline-no-imitation": (OFFLINE, None, "--bc-weight 0"),
+    "offline-no-average": (OFFLINE, None, "--actor-tau 1"),
+    "offline-one-tau": (OFFLINE, None, "--qc-tau 0.02"),
     # the main table
     "marvel": (MARVEL, "offline", ""),
     "warm-start": (MARVEL, "offline", "--vpa-steps 0"),
@@ -71,6 +75,15 @@ METHODS = {
     "lagrange-1500": (MARVEL, "offline", "--lagrange-init 1500 --lagrange-max 2000"),
     # the margin below the limit that the multiplier aims at
     "margin-0": (MARVEL, "offline", "--cost-margin 0"),
+    # other limits, in both phases
+    "offline-at-10": (OFFLINE, None, "--cost-limit 10"),
+    "marvel-at-10": (MARVEL, "offline-at-10", "--cost-limit 10"),
+    "offline-at-40": (OFFLINE, None, "--cost-limit 40"),
+    "marvel-at-40": (MARVEL, "offline-at-40", "--cost-limit 40"),
+    # gradient steps per environment step
+    "utd-0.125": (MARVEL, "offline", "--utd 0.125"),
+    "utd-0.25": (MARVEL, "offline", "--utd 0.25"),
+    "utd-1": (MARVEL, "offline", "--utd 1"),
 }
 
 

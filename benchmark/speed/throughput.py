@@ -1,7 +1,7 @@
 """How fast the scripts are on this CPU, on one thread: gradient steps, acting, the simulator, the whole loop.
 
   python benchmark/speed/throughput.py                # three to four minutes
-  python benchmark/speed/throughput.py --peer osrl    # OSRL's trainers too, if its sources are on PYTHONPATH
+  python benchmark/speed/throughput.py --peer osrl    # OSRL's trainer too, if its sources are on PYTHONPATH
 
 Every version runs for one short slice in every round, in shuffled order, and ratios are taken inside a round:
 what else the machine does then falls on all of them. An update is timed as in the scripts' loops, with the
@@ -11,8 +11,8 @@ drawing of its batch, without logging and progress bar, against
                    it comes, a loop over the target's parameters. A test holds its results to the script's
   matrix products  nothing but the products of the script's update, forward and backward, into memory that is
                    there before: the floor
-  OSRL             its trainer on one batch that is ready, and with its DataLoader (no workers): settings of
-                   its examples, our batch size. Its CPQ and BEAR-Lag are not the same functions (methods.md)
+  OSRL             its BEAR-Lag trainer on one batch that is ready, and with its DataLoader (no workers):
+                   settings of its examples, our batch size. It is not the same function (methods.md)
 """
 import contextlib
 import io
@@ -90,16 +90,20 @@ def transitions(obs_dim: int, act_dim: int) -> dict[str, torch.Tensor]:
 # --- The scripts' updates ---
 # In the scripts they are steps of main. Here they are put together from the scripts' own functions, as main
 # does it; a test trains both and finds the same parameters, bit for bit.
-def start(obs_dim: int, act_dim: int, args: marvel.Args) -> SimpleNamespace:
+def start(obs_dim: int, act_dim: int, args: marvel.Args, vae: bool = True) -> SimpleNamespace:
     """What updates work on: the networks, in the order in which main makes them, threshold and controller."""
     limit, horizon = offline.Args(), BALL.max_episode_steps
     s = SimpleNamespace(actor=offline.Actor(obs_dim, act_dim), q=offline.Critic(2, obs_dim, act_dim),
-                        qc=offline.Critic(1, obs_dim, act_dim), vae=offline.VAE(obs_dim, act_dim))
+                        qc=offline.Critic(1, obs_dim, act_dim))
+    if vae:
+        s.vae = bear_lag.VAE(obs_dim, act_dim)
     for name in ("q", "qc", "actor"):
         setattr(s, f"{name}_target", deepcopy(getattr(s, name)).requires_grad_(False))
     s.qc_threshold = limit.cost_limit / horizon * (1 - limit.gamma**horizon) / (1 - limit.gamma)
-    s.controller = marvel.PIDLagrangian(args.cost_limit * (1 - args.cost_margin), args.kp, args.ki, args.kd,
-                                        adapt_rate=args.adapt_rate, lagrange_max=args.lagrange_max)
+    s.largest_cost = 1.0  # of a step
+    s.controller = marvel.PIDLagrangian(args.cost_limit, args.kp, args.ki, args.kd, margin=args.cost_margin,
+                                        cost_unit=args.cost_limit, adapt_rate=args.adapt_rate,
+                                        lagrange_max=args.lagrange_max)
     s.controller.start(0.5 if isinstance(args.lagrange_init, str) else args.lagrange_init)
     return s
 
@@ -121,28 +125,28 @@ def critic_adam(args, s: SimpleNamespace) -> torch.optim.Adam:
     return torch.optim.Adam([*s.q.parameters(), *s.qc.parameters()], args.critic_lr, fused=True)
 
 
-def cpq_update(args: offline.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
+def offline_update(args: offline.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
     """The update of offline_pretrain.py: a batch in, what main logs out."""
     critic_optimizer = critic_adam(args, s)
     actor_optimizer = torch.optim.Adam(s.actor.parameters(), args.actor_lr, fused=True)
-    vae_optimizer = torch.optim.Adam(s.vae.parameters(), args.vae_lr, fused=True)
+    s.average = deepcopy(s.actor)
+    s.steps = 0
 
     def update(batch):
-        vae_loss, kl = s.vae.loss(batch["observations"], batch["actions"], args.vae_beta)
-        step(vae_optimizer, vae_loss)
-        targets = offline.cpq_targets(batch, s.actor, s.q_target, s.qc_target, args.gamma, s.qc_threshold)
-        bellman_loss, metrics = offline.critic_loss(batch, s.q, s.qc, *targets)
-        shortfall, ood_share = offline.ood_shortfall(
-            batch["observations"], s.actor, s.vae, s.qc, args.ood_actions, kl.quantile(args.ood_quantile),
-            s.qc_threshold)
-        step(critic_optimizer, bellman_loss + args.ood_weight * shortfall)
-        metrics |= {"vae_loss": vae_loss.detach(), "ood_shortfall": shortfall.detach(),
-                    "ood_share": ood_share}
+        s.steps += 1
+        decay = 1 / (1 + s.steps / args.lr_decay_steps)
+        critic_optimizer.param_groups[0]["lr"] = args.critic_lr * decay
+        actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay
+        targets = offline.cpq_targets(batch, s.actor, s.q_target, s.qc_target, args.gamma, s.qc_threshold,
+                                      s.largest_cost)
+        loss, metrics = offline.critic_loss(batch, s.q, s.qc, *targets)
+        step(critic_optimizer, loss)
         loss, actor_metrics = offline.actor_loss(batch, s.actor, s.q, s.qc, s.qc_threshold, args.bc_weight)
         step(actor_optimizer, loss, inputs=list(s.actor.parameters()))
         metrics |= actor_metrics
         offline.follow(s.q_target, s.q, args.tau)
-        offline.follow(s.qc_target, s.qc, args.tau)
+        offline.follow(s.qc_target, s.qc, args.qc_tau)
+        offline.follow(s.average, s.actor, max(args.actor_tau, 1 / s.steps))
         check_finite(metrics)
         return metrics
 
@@ -162,7 +166,7 @@ def bear_lag_update(args: bear_lag.Args, s: SimpleNamespace) -> Callable[[dict],
         vae_loss, _ = s.vae.loss(batch["observations"], batch["actions"], args.vae_beta)
         step(vae_optimizer, vae_loss)
         targets = bear_lag.bear_targets(batch, s.actor_target, s.q_target, s.qc_target, args.gamma,
-                                        args.bear_actions)
+                                        args.bear_actions, s.largest_cost)
         loss, metrics = bear_lag.critic_loss(batch, s.q, s.qc, *targets)
         step(critic_optimizer, loss)
         loss, policy_qc, distance = bear_lag.bear_loss(
@@ -189,7 +193,7 @@ def vpa_update(args: marvel.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
 
     def update(batch):
         targets = marvel.soft_targets(batch, s.actor, s.q_target, s.qc_target, args.gamma, args.vpa_alpha,
-                                      args.vpa_alpha_cost)
+                                      args.vpa_alpha_cost, s.largest_cost)
         loss, metrics = marvel.critic_loss(batch, s.q, s.qc, *targets)
         step(critic_optimizer, loss)
         marvel.follow(s.q_target, s.q, args.vpa_tau)
@@ -210,7 +214,8 @@ def online_update(args: marvel.Args, s: SimpleNamespace) -> Callable[[dict], dic
 
     def update(batch):
         alpha = log_alpha.detach().exp()
-        targets = marvel.soft_targets(batch, s.actor, s.q_target, s.qc_target, args.gamma, alpha, 0.0)
+        targets = marvel.soft_targets(batch, s.actor, s.q_target, s.qc_target, args.gamma, alpha, 0.0,
+                                      s.largest_cost)
         loss, metrics = marvel.critic_loss(batch, s.q, s.qc, *targets)
         step(critic_optimizer, loss)
         loss, log_prob = marvel.actor_loss(batch["observations"], s.actor, s.q, s.qc, alpha,
@@ -242,10 +247,12 @@ def online_loop(args: marvel.Args, s: SimpleNamespace, env_id: str) -> Callable[
             buffer.add(observations=obs, next_observations=next_obs, actions=action,
                        rewards=args.reward_scale * reward, costs=info["cost"], terminals=terminated,
                        timeouts=truncated)
+            s.largest_cost = max(s.largest_cost, info["cost"])
             obs, done = next_obs, terminated or truncated
             episode_cost += info["cost"]
-        s.controller.update(episode_cost)
-        for _ in range(int(args.utd * buffer.size) - int(args.utd * first)):
+        gradient_steps = int(args.utd * buffer.size) - int(args.utd * first)
+        s.controller.update(episode_cost, gradient_steps=gradient_steps)
+        for _ in range(gradient_steps):
             update(buffer.sample(args.batch_size))
 
     return block
@@ -292,7 +299,8 @@ def plain_start(s: SimpleNamespace) -> SimpleNamespace:
     return SimpleNamespace(
         actor=PlainActor(s.actor), actor_target=PlainActor(s.actor_target), encoder=deepcopy(s.vae.encoder),
         decoder=deepcopy(s.vae.decoder), q=separate(s.q), q_target=separate(s.q_target), qc=separate(s.qc),
-        qc_target=separate(s.qc_target), qc_threshold=s.qc_threshold, controller=s.controller)
+        qc_target=separate(s.qc_target), qc_threshold=s.qc_threshold, largest_cost=s.largest_cost,
+        controller=s.controller)
 
 
 def values(critics, obs, act):
@@ -322,6 +330,7 @@ def plain_critics(args, p: SimpleNamespace) -> Callable[..., dict]:
         descend(qc_loss + penalty, qc_optimizer)
         return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=y.mean(), qc_mean=yc.mean())
 
+    update.optimizers = [q_optimizer, qc_optimizer]
     return update
 
 
@@ -333,7 +342,8 @@ def plain_soft_critics(args: marvel.Args, p: SimpleNamespace) -> Callable[..., d
         with torch.no_grad():
             next_act, log_prob = policy(batch["next_observations"])
             q = values(p.q_target, batch["next_observations"], next_act).min(0).values - alpha * log_prob
-            qc = values(p.qc_target, batch["next_observations"], next_act).mean(0) - alpha_cost * log_prob
+            qc = values(p.qc_target, batch["next_observations"], next_act).mean(0)
+            qc = qc.clamp(0, p.largest_cost / (1 - args.gamma)) - alpha_cost * log_prob
             y = batch["rewards"] + (1 - batch["terminals"]) * args.gamma * q
             yc = batch["costs"] + (1 - batch["terminals"]) * args.gamma * qc
         losses = fit(batch, y, yc)
@@ -370,7 +380,7 @@ def plain_online(args: marvel.Args, p: SimpleNamespace) -> Callable[[dict], dict
     return update
 
 
-def plain_vae(args: offline.Args, p: SimpleNamespace) -> tuple[Callable, Callable]:
+def plain_vae(args: bear_lag.Args, p: SimpleNamespace) -> tuple[Callable, Callable]:
     """The VAE's KL (batch,) of an action with its posterior, and its gradient step."""
     vae_optimizer = torch.optim.Adam([*p.encoder.parameters(), *p.decoder.parameters()], lr=args.vae_lr)
 
@@ -389,42 +399,47 @@ def plain_vae(args: offline.Args, p: SimpleNamespace) -> tuple[Callable, Callabl
     return encode, update
 
 
-def plain_cpq(args: offline.Args, p: SimpleNamespace) -> Callable[[dict], dict]:
-    """One gradient step of CPQ, with the penalty and the imitation of offline_pretrain.py."""
-    fit, (encode, update_vae) = plain_critics(args, p), plain_vae(args, p)
+def plain_offline(args: offline.Args, p: SimpleNamespace) -> Callable[[dict], dict]:
+    """One gradient step of offline_pretrain.py."""
+    fit = plain_critics(args, p)
     actor_optimizer = torch.optim.Adam(p.actor.parameters(), lr=args.actor_lr)
+    p.average, p.steps = deepcopy(p.actor), 0
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: args.lr_decay_steps / (args.lr_decay_steps + k + 1))
+        for optimizer in [*fit.optimizers, actor_optimizer]]
 
     def update(batch):
         obs, act, next_obs = batch["observations"], batch["actions"], batch["next_observations"]
-        vae_loss, kl = update_vae(obs, act)
         with torch.no_grad():
             next_act, _ = p.actor(next_obs)
             next_q = values(p.q_target, next_obs, next_act).min(0).values
             next_qc = values(p.qc_target, next_obs, next_act).mean(0)
+            next_qc = next_qc.clamp(0, p.largest_cost / (1 - args.gamma))
             next_q = torch.where(next_qc <= p.qc_threshold, next_q, 0.0)
             y = batch["rewards"] + args.gamma * (1 - batch["terminals"]) * next_q
             yc = batch["costs"] + args.gamma * (1 - batch["terminals"]) * next_qc
-            ood_obs = torch.cat([obs] * args.ood_actions)
-            ood_act, _ = p.actor(ood_obs)
-            ood = encode(ood_obs, ood_act)[0] > torch.quantile(kl, args.ood_quantile)
-        shortfall = (p.qc_threshold - values(p.qc, ood_obs, ood_act).mean(0)).clamp(min=0)
-        shortfall = torch.where(ood, shortfall, 0.0).sum() / max(ood.sum().item(), 1)
-        losses = fit(batch, y, yc, args.ood_weight * shortfall)
+        losses = fit(batch, y, yc)
 
         new_act, _ = p.actor(obs)
         q = values(p.q, obs, new_act).min(0).values
         with torch.no_grad():
             safe = values(p.qc, obs, new_act).mean(0) <= p.qc_threshold
             good = values(p.qc, obs, act).mean(0) <= p.qc_threshold
-            good &= values(p.q, obs, act).min(0).values >= q
+            data_q = values(p.q, obs, act).min(0).values
+            good &= data_q >= q
+            advantage = (data_q - q).abs().mean()
         u = torch.atanh(act.clamp(-0.995, 0.995))
         log_prob = (p.actor.normal(obs).log_prob(u) + 0.5 * math.log(2 * math.pi)).sum(1)  # without constants
-        actor_loss = -torch.where(safe, q, 0.0).mean() / q.detach().abs().mean().clamp(min=1e-6)
+        actor_loss = -torch.where(safe, q, 0.0).mean() / advantage.clamp(min=1e-6)
         actor_loss = actor_loss - args.bc_weight * torch.where(good, log_prob, 0.0).mean()
         descend(actor_loss, actor_optimizer)
-        for name in ("q", "qc"):
-            polyak(getattr(p, name), getattr(p, f"{name}_target"), args.tau)
-        return losses | dict(actor_loss=actor_loss, vae_loss=vae_loss, ood_shortfall=shortfall)
+        polyak(p.q, p.q_target, args.tau)
+        polyak(p.qc, p.qc_target, args.qc_tau)
+        p.steps += 1
+        polyak(p.actor, p.average, max(args.actor_tau, 1 / p.steps))
+        for scheduler in schedulers:
+            scheduler.step()
+        return losses | dict(actor_loss=actor_loss)
 
     return update
 
@@ -453,10 +468,10 @@ def plain_bear_lag(args: bear_lag.Args, p: SimpleNamespace) -> Callable[[dict], 
             next_act = torch.tanh(p.actor_target.normal(next_obs).sample((n,))).reshape(n * size, -1)
             q = values(p.q_target, torch.cat([next_obs] * n), next_act)
             q = 0.75 * q.min(0).values + 0.25 * q.max(0).values
-            qc = values(p.qc_target, torch.cat([next_obs] * n), next_act).mean(0)
+            qc = values(p.qc_target, torch.cat([next_obs] * n), next_act).mean(0).reshape(n, size).mean(0)
             discount = args.gamma * (1 - batch["terminals"])
             y = batch["rewards"] + discount * q.reshape(n, size).max(0).values
-            yc = batch["costs"] + discount * qc.reshape(n, size).mean(0)
+            yc = batch["costs"] + discount * qc.clamp(0, p.largest_cost / (1 - args.gamma))
         losses = fit(batch, y, yc)
 
         act = torch.tanh(p.actor.normal(obs).rsample((n,)))
@@ -481,7 +496,7 @@ def plain_bear_lag(args: bear_lag.Args, p: SimpleNamespace) -> Callable[[dict], 
     return update
 
 
-UPDATES = {"CPQ update": (offline.Args(), cpq_update, plain_cpq),
+UPDATES = {"offline update": (offline.Args(), offline_update, plain_offline),
            "BEAR-Lag update": (bear_lag.Args(), bear_lag_update, plain_bear_lag),
            "VPA update": (marvel.Args(), vpa_update, plain_vpa),
            "online update": (marvel.Args(), online_update, plain_online)}
@@ -544,13 +559,13 @@ def simulator(env_id: str) -> Callable[[], None]:
 
 
 def osrl_trainers(data: dict[str, torch.Tensor], batch_size: int) -> dict[str, dict[str, Callable]]:
-    """A step of OSRL's CPQ and BEAR-Lag trainers, per update of ours, without and with its DataLoader."""
+    """A step of OSRL's BEAR-Lag trainer, without and with its DataLoader."""
     logger = SimpleNamespace(store=lambda **values: None)
     loggers = SimpleNamespace(DummyLogger=lambda: logger, WandbLogger=None)  # all that it takes from fsrl
     sys.modules["fsrl"], sys.modules["fsrl.utils"] = ModuleType("fsrl"), loggers
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints which packages it misses
-            from osrl.algorithms import BEARL, CPQ, BEARLTrainer, CPQTrainer
+            from osrl.algorithms import BEARL, BEARLTrainer
             from osrl.common import TransitionDataset
     except ImportError as error:
         common.stop(f"--peer osrl: needs a checkout of github.com/liuzuxin/OSRL on PYTHONPATH "
@@ -561,8 +576,7 @@ def osrl_trainers(data: dict[str, torch.Tensor], batch_size: int) -> dict[str, d
                  max_action=1.0, a_hidden_sizes=[256, 256], c_hidden_sizes=[256, 256], vae_hidden_sizes=400,
                  sample_action_num=10, beta=0.5, num_q=2, num_qc=2)
     rates, ready = dict(actor_lr=1e-4, critic_lr=1e-3, vae_lr=1e-3), next(loader)
-    trainers = {"CPQ update": CPQTrainer(CPQ(**sizes), None, logger, **rates),
-                "BEAR-Lag update": BEARLTrainer(BEARL(**sizes, start_update_policy_step=0), None, logger,
+    trainers = {"BEAR-Lag update": BEARLTrainer(BEARL(**sizes, start_update_policy_step=0), None, logger,
                                                 **rates | {"actor_lr": 1e-3})}
     return {name: {"OSRL": lambda step=trainer.train_one_step: step(*ready),
                    "OSRL with DataLoader": lambda step=trainer.train_one_step: step(*next(loader))}

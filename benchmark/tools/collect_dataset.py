@@ -89,7 +89,6 @@ def main(args: Args) -> None:
         command = [sys.executable, str(ROOT / "marvel_sac_pid.py"), "--from-scratch", "--env-id", args.env_id,
                    "--cost-limit", str(args.cost_limits[k]), "--total-timesteps", str(args.timesteps),
                    "--utd", str(args.utd), "--alpha", "0.1", "--cost-margin", "0",
-                   "--kp", "0.02", "--ki", "0.002", "--kd", "0.01",
                    "--seed", str(args.seed + k), "--eval-every", str(args.timesteps), "--eval-episodes", "5",
                    "--run-dir", str(run_dir), "--overwrite"]
         with open(work / f"{names[k]}.log", "w") as log:

@@ -249,7 +249,7 @@ def test_released_adaptation_hardly_unwinds():
 
 def test_script_of_the_released_law_runs_marvel_with_it_and_leaves_marvel_as_it_was():
     run = new_run("released", total_timesteps=10, lagrange_init=0.5)
-    (cost,), target = run.metrics["episode_cost"], 2.0 * (1 - 0.25)
+    (cost,), target = run.metrics["episode_cost"], 2.0 - 0.25 * math.sqrt(19 / 20)
     mean, deviation = 0.1 * cost / 2 + 0.1, 0.1 * cost / 2  # of {0, C}
     factor, widening = 1 + 0.07 * (mean - target) / mean, 1 + 0.07 * deviation / mean
     for name, first, by in [("kp", 0.02, factor), ("ki", 0.01, factor), ("kd", 0.03, widening)]:
@@ -272,8 +272,8 @@ def test_rewards_times_ten_give_the_multiplier_times_ten():
 
 
 def test_costs_and_limit_times_three_give_the_multiplier_by_three():
-    one = PIDLagrangian(TARGET, 0.2, 0.01, 0.3, cost_unit=40.0)
-    three = PIDLagrangian(3 * TARGET, 0.2, 0.01, 0.3, cost_unit=120.0)
+    one = PIDLagrangian(TARGET, 0.2, 0.01, 0.3, margin=1.0, cost_unit=40.0)
+    three = PIDLagrangian(3 * TARGET, 0.2, 0.01, 0.3, margin=1.0, cost_unit=120.0)
     one.start(0.3, fading_from=0.9, unit=0.9)
     three.start(0.1, fading_from=0.3, unit=0.3)
     costs = np.random.default_rng(0).exponential(40, 300)
@@ -289,6 +289,39 @@ def test_integral_winds_per_gradient_step():
     assert controller.update(60.0, gradient_steps=100) == pytest.approx(0.5 + 2.0)
     assert controller.update(60.0, gradient_steps=25) == pytest.approx(0.5 + 2.0 + 0.5)
     assert controller.update(0.0, gradient_steps=0) == pytest.approx(3.0)
+
+
+# --- Margin ---
+def test_target_is_the_margin_times_the_deviation_of_the_last_costs_below_the_limit():
+    """Limit 20, the last four episodes. Of those that are missing each is 10, half the limit, off the mean.
+
+    costs            deviation                             target by a margin of 0.8
+    6                sqrt((0 + 3 * 100) / 4) = 8.66        13.07
+    6 18             sqrt((2 * 36 + 2 * 100) / 4) = 8.25   13.40
+    6 18 0 0         sqrt((0 + 144 + 36 + 36) / 4) = 7.35  14.12
+    18 0 0 18        9                                     12.8
+    0 0 18 0         7.79                                  13.76
+    """
+    controller = PIDLagrangian(20.0, 0.0, 0.0, 0.0, margin=0.8, spread_window=4)
+    assert controller.target_cost == 20.0
+    for costs, deviation in [([6], math.sqrt(75)), ([18], math.sqrt(68)), ([0, 0], math.sqrt(54)),
+                             ([18], 9.0), ([0], math.sqrt(60.75))]:
+        controller.update(*costs)
+        assert controller.target_cost == pytest.approx(20 - 0.8 * deviation)
+
+
+@pytest.mark.parametrize(("costs", "deviation"), [([7.0] * 20, 5.0), ([0.0, 1e6] * 10, 10.0)])
+def test_deviation_is_kept_between_a_quarter_and_half_of_the_limit(costs, deviation):
+    controller = PIDLagrangian(20.0, 0.0, 0.0, 0.0, margin=1.0)
+    controller.update(*costs)
+    assert controller.target_cost == 20 - deviation
+
+
+def test_block_counts_as_the_mean_of_its_episodes():
+    blocks = [(3.0, 50.0), (0.0, 0.0), (90.0, 10.0)]
+    whole, means = (PIDLagrangian(TARGET, 0.1, 0.01, 0.1) for _ in range(2))
+    for block in blocks:
+        assert whole.update(*block) == pytest.approx(means.update(sum(block) / 2))
 
 
 # --- Saving ---

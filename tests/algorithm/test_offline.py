@@ -1,4 +1,4 @@
-"""CPQ: its targets, the penalty on out-of-distribution actions, the VAE that finds them, the actor's loss."""
+"""The offline policy: its targets, the actor's loss; and CPQ's penalty, with the VAE that it needs."""
 
 import pytest
 import torch
@@ -10,16 +10,8 @@ from torch.distributions import Independent, Normal, TanhTransform, TransformedD
 import common
 import offline_pretrain
 from benchmark.baselines import bc_safe
-from offline_pretrain import (
-    VAE,
-    Actor,
-    Args,
-    Critic,
-    ReplayBuffer,
-    actor_loss,
-    cpq_targets,
-    ood_shortfall,
-)
+from benchmark.baselines.cpq import VAE, Args, ood_shortfall
+from offline_pretrain import Actor, Critic, ReplayBuffer, actor_loss, cpq_targets
 
 THRESHOLD = 5.0
 OBS = torch.tensor([[0.9], [-0.8], [0.7], [0.1], [-0.2]])  # the first three are out of distribution at KL 1/2
@@ -28,7 +20,7 @@ OBS = torch.tensor([[0.9], [-0.8], [0.7], [0.1], [-0.2]])  # the first three are
 @pytest.fixture(scope="module")
 def n_cost():
     """How many cost critics there are: here all are equal, so that their mean is their maximum."""
-    return cost_critics("cpq")
+    return cost_critics("offline")
 
 
 class OneAction(nn.Module):
@@ -216,15 +208,16 @@ def loss_of(actor, obs, data_act, qc, bc_weight):
 
 
 def test_actor_is_not_moved_by_its_unsafe_actions(ten_times_the_size):
-    """Actions obs + shift, Q = 3 a, Qc = 10 |a|: three rows are above threshold 5; E|Q| = 8.1 / 5 = 1.62."""
+    """Actions obs + shift, Q = 3 a, Qc = 10 |a|: three rows are above threshold 5; E|Q(b) - Q(a)| = 1.62."""
     actor = OneAction()
-    loss, metrics = loss_of(actor, OBS, OBS, ten_times_the_size, 0.0)
+    data = OBS + torch.tensor([[0.6], [-0.6], [0.5], [0.5], [0.5]])  # Q differs by 1.8, -1.8 and 1.5
+    loss, metrics = loss_of(actor, OBS, data, ten_times_the_size, 0.0)
     loss.backward()
     assert metrics["safe_share"].item() == pytest.approx(2 / 5)
     assert loss.item() == metrics["actor_loss"].item() == pytest.approx(-3 * (0.1 - 0.2) / 5 / 1.62)
     assert actor.shift.grad.item() == pytest.approx(-3 * 2 / 5 / 1.62)
     actor.shift.grad = None
-    loss, metrics = loss_of(actor, OBS[:3], OBS[:3], ten_times_the_size, 0.0)
+    loss, metrics = loss_of(actor, OBS[:3], -OBS[:3], ten_times_the_size, 0.0)
     loss.backward()
     assert (loss.item(), metrics["safe_share"].item(), actor.shift.grad.item()) == (0.0, 0.0, 0.0)
 
@@ -251,7 +244,22 @@ def test_actor_imitates_the_datas_safe_actions_that_are_no_worse_than_its_own(te
     (-0.25 * policy.log_prob(data[[1, 3]]).sum() / 5).backward()
     assert actor.mean.grad.item() == pytest.approx(mean.grad.item(), rel=1e-5)
     assert actor.log_std.grad.item() == pytest.approx(log_std.grad.item(), rel=1e-5)
-    assert actor.shift.grad.item() == pytest.approx(-3 * 2 / 5 / 1.62)  # as without imitation
+    # as without imitation; E|Q(b) - Q(a)| = 3 (0.5 + 0.5 + 0.1 + 0 + 0.2) / 5 = 0.78
+    assert actor.shift.grad.item() == pytest.approx(-3 * 2 / 5 / 0.78)
+
+
+def test_actors_objective_has_no_unit_of_the_reward(ten_times_the_size):
+    batch = {"observations": OBS, "actions": OBS.flip(0)}
+    losses = [actor_loss(batch, OneAction(), lambda obs, act, x=x: x * slope_three(obs, act),
+                         ten_times_the_size, THRESHOLD, 0.25)[0].item() for x in (1.0, 10.0)]
+    assert losses[0] == pytest.approx(losses[1]) != 0
+
+
+def test_share_at_the_threshold_is_of_cost_values_within_two_percent_of_it(ten_times_the_size):
+    """Qc = 10 |a|, the threshold 5: from 4.9 to 5.1."""
+    obs = torch.tensor([[0.5], [0.495], [-0.505], [0.489], [0.511]])
+    _, metrics = loss_of(OneAction(), obs, obs, ten_times_the_size, 0.1)
+    assert metrics["at_threshold_share"].item() == pytest.approx(3 / 5)
 
 
 def test_imitating_an_action_on_the_border_is_finite(n_cost):

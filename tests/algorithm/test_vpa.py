@@ -150,7 +150,7 @@ def test_vpa_leaves_the_policy_alone(aligned):
 
 @pytest.mark.parametrize("critics", ["offline", "fresh"])
 def test_without_a_step_of_vpa_the_critics_are_the_offline_ones_or_fresh_ones(critics):
-    before = run("cpq").checkpoint
+    before = run("offline").checkpoint
     after = new_run("marvel", vpa_steps=0, total_timesteps=0, vpa_critics=critics).checkpoint
     for network in ("q", "qc"):
         for key, weight in before[network].items():

@@ -15,7 +15,7 @@ import torch
 import common
 import marvel_sac_pid
 import offline_pretrain
-from benchmark.baselines import bc_safe, bear_lag, jsrl, marvel_released_pid, pex, so2
+from benchmark.baselines import bc_safe, bear_lag, cpq, jsrl, marvel_released_pid, pex, so2
 from benchmark.tools.curves import read_metrics
 from benchmark.tools.export_dataset import write_dataset
 
@@ -87,9 +87,11 @@ OFFLINE = dict(**BOTH, update_steps=20, eval_every=7, cost_limit=3.0)
 ONLINE = dict(**BOTH, total_timesteps=50, utd=1.0, eval_every=20, cost_limit=2.0, cost_margin=0.25,
               tau=0.01, alpha=0.02, kp=0.02, ki=0.01, kd=0.03, adapt_rate=0.07)
 VPA = dict(vpa_steps=12, vpa_tau=0.2, vpa_alpha=0.03, vpa_alpha_cost=0.004)
-CPQ = dict(tau=0.03, bc_weight=0.2, ood_actions=3, ood_quantile=0.8, ood_weight=0.05)
+POLICY = dict(tau=0.03, qc_tau=0.04, bc_weight=0.2)
+PENALTY = dict(ood_actions=3, ood_quantile=0.8, ood_weight=0.05)
 KINDS = {
-    "cpq": (offline_pretrain, {**OFFLINE, **CPQ}),
+    "offline": (offline_pretrain, {**OFFLINE, **POLICY}),
+    "cpq": (cpq, {**OFFLINE, **POLICY, **PENALTY}),
     "bear_lag": (bear_lag, {**OFFLINE, "tau": 0.03, "bear_actions": 3}),
     "bc_safe": (bc_safe, OFFLINE),
     "marvel": (marvel_sac_pid, {**ONLINE, **VPA}),
@@ -100,8 +102,8 @@ KINDS = {
     "pex": (pex, ONLINE),
     "so2": (so2, {**ONLINE, "critic_updates": 3, "target_noise": 0.2, "noise_clip": 0.5}),
 }
-SOURCE = {"marvel": "cpq", "rollouts": "cpq", "released": "cpq",  # whose checkpoint a run starts from
-          "jsrl": "bear_lag", "pex": "bear_lag", "so2": "bear_lag"}
+SOURCE = {"marvel": "offline", "rollouts": "offline", "released": "offline",
+          "jsrl": "bear_lag", "pex": "bear_lag", "so2": "bear_lag"}  # whose checkpoint a run starts from
 RECORDED = ("_targets", "_loss", "_shortfall", "_likelihood", "composed_policy")  # ends of names
 
 
@@ -140,7 +142,7 @@ run = functools.cache(new_run)  # tests share a run of the same options, and mus
 
 
 @functools.cache
-def start_from(mean, log_std=-5.0, source="cpq"):
+def start_from(mean, log_std=-5.0, source="offline"):
     """A file like an offline run's, but for its policy: a = tanh(u), u ~ N(mean, exp(log_std)^2)."""
     checkpoint = run(source).checkpoint
     bias = torch.tensor([*mean, *[log_std] * ACT_DIM])

@@ -12,15 +12,16 @@ import pytest
 
 import marvel_sac_pid
 import offline_pretrain
-from benchmark.baselines import bc_safe, bear_lag, jsrl, pex, so2
+from benchmark.baselines import bc_safe, bear_lag, cpq, jsrl, pex, so2
 
 pytestmark = pytest.mark.pins
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"marvel_sac_pid.py": marvel_sac_pid, "offline_pretrain.py": offline_pretrain,
-           "benchmark/baselines/bear_lag.py": bear_lag, "benchmark/baselines/bc_safe.py": bc_safe,
+           "benchmark/baselines/cpq.py": cpq, "benchmark/baselines/bear_lag.py": bear_lag,
+           "benchmark/baselines/bc_safe.py": bc_safe,
            "benchmark/baselines/jsrl.py": jsrl, "benchmark/baselines/pex.py": pex,
            "benchmark/baselines/so2.py": so2}
-ONLINE, OFFLINE = {jsrl, pex, so2}, {offline_pretrain, bear_lag, bc_safe}
+ONLINE, OFFLINE = {jsrl, pex, so2}, {offline_pretrain, cpq, bear_lag, bc_safe}
 # names that stand for the same thing only among the scripts of one group
 OWN_TO_A_METHOD = {"Args", "main", "actor_loss"}
 # what a baseline may change of Marvel's options: those it has not, those it adds, other defaults
@@ -65,7 +66,8 @@ def test_what_a_script_shares_with_marvel_is_the_same_text(script):
 
 
 @pytest.mark.parametrize(("name", "scripts"), [
-    ("VAE", (offline_pretrain, bear_lag)), ("log_likelihood", (offline_pretrain, bc_safe)),
+    ("VAE", (cpq, bear_lag)), ("log_likelihood", (offline_pretrain, cpq, bc_safe)),
+    ("cpq_targets", (offline_pretrain, cpq)),
     ("actor_loss", (marvel_sac_pid, jsrl, pex, so2)), ("sample_mixed", (pex, so2))])
 def test_what_some_scripts_share_is_the_same_text(name, scripts):
     assert len({inspect.getsource(getattr(script, name)) for script in scripts}) == 1

@@ -23,7 +23,7 @@ import torch.utils.tensorboard  # noqa: F401
 import common
 import marvel_sac_pid
 import offline_pretrain
-from benchmark.baselines import bc_safe, bear_lag, jsrl, marvel_released_pid, pex, so2
+from benchmark.baselines import bc_safe, bear_lag, cpq, jsrl, marvel_released_pid, pex, so2
 
 TASK = "small:Small-v0"
 FORK = multiprocessing.get_context("fork")
@@ -92,7 +92,8 @@ def kinds(folder):
     offline_pretrain.main(offline_pretrain.Args(**OFFLINE, **dataset, run_dir=str(folder / "offline")))
     vpa = {"vpa_steps": 20}
     return {
-        "cpq": (offline_pretrain, {**OFFLINE, **dataset}),
+        "offline": (offline_pretrain, {**OFFLINE, **dataset}),
+        "cpq": (cpq, {**OFFLINE, **dataset}),
         "bear_lag": (bear_lag, {**OFFLINE, **dataset}),
         "bc_safe": (bc_safe, {**OFFLINE, **dataset}),
         "marvel": (marvel_sac_pid, {**ONLINE, **dataset, **start, **vpa, "checkpoint_every": 13}),

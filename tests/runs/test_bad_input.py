@@ -25,7 +25,7 @@ from test_custom_environment import WRONG_STEPS
 import common
 import marvel_sac_pid
 import offline_pretrain
-from benchmark.baselines import bc_safe
+from benchmark.baselines import bc_safe, cpq
 
 NAN, INF = float("nan"), float("inf")
 
@@ -38,7 +38,7 @@ def sound(tmp_path_factory):
     made = types.SimpleNamespace(
         data=transitions(), dataset_path=folder / "data.hdf5", content=saved(folder / "offline"),
         checkpoint=folder / "offline/checkpoint.pt", options={
-            offline_pretrain: options["cpq"][1], bc_safe: options["bc_safe"][1],
+            offline_pretrain: options["offline"][1], cpq: options["cpq"][1], bc_safe: options["bc_safe"][1],
             marvel_sac_pid: options["marvel"][1]})
     made.offline, made.online = folder / "stopped offline", folder / "stopped online"
     for script, run_dir in (offline_pretrain, made.offline), (marvel_sac_pid, made.online):
@@ -221,8 +221,11 @@ KINDS = {
             ("eval_episodes", 0), ("checkpoint_every", 0), ("seed", -1), ("seed", 2**32)]},
         **{f"offline-{name}={value}": (option(offline_pretrain, **{name: value}), f"{value}: must be between")
            for name, value in [
-            ("cost_limit", NAN), ("update_steps", 0), ("vae_beta", -0.1), ("vae_lr", 2.0),
-            ("bc_weight", NAN), ("ood_actions", 0), ("ood_quantile", 1.1), ("ood_weight", -1.0)]},
+            ("cost_limit", NAN), ("update_steps", 0), ("qc_tau", 1.1), ("bc_weight", NAN)]},
+        **{f"cpq-{name}={value}": (option(cpq, **{name: value}), f"{value}: must be between")
+           for name, value in [
+            ("vae_beta", -0.1), ("vae_lr", 2.0), ("ood_actions", 0), ("ood_quantile", 1.1),
+            ("ood_weight", -1.0)]},
         **{f"{name}={value!r}": (option(**{name: value}), f"--{name.replace('_', '-')} {value!r}: must be")
            for name, value in [
             ("multiplier", "PID"), ("lagrange_init", "0.5"), ("lagrange_init", "norm_ratio"),
@@ -439,9 +442,9 @@ SOUND = {
     "smallest": option(batch_size=1, checkpoint_every=1, eval_every=1, kp=0.0, ki=0.0, kd=0.0, adapt_rate=0.0,
                        tau=0.0, alpha=0.0, lagrange_init=0.0, lagrange_max=0.0, vpa_steps=0, utd=0.05),
     "smallest-offline": option(offline_pretrain, batch_size=1, update_steps=1, checkpoint_every=1,
-                               ood_actions=1, gamma=0.0, tau=0.0, cost_limit=0.0),
+                               gamma=0.0, tau=0.0, qc_tau=0.0, cost_limit=0.0),
     "largest": option(seed=2**32 - 1, tau=1.0, vpa_tau=1.0, cost_margin=1.0, adapt_rate=1.0),
-    "largest-offline": option(offline_pretrain, seed=2**32 - 1, gamma=0.9999, tau=1.0, ood_quantile=1.0),
+    "largest-offline": option(offline_pretrain, seed=2**32 - 1, gamma=0.9999, tau=1.0, qc_tau=1.0),
 }
 
 

@@ -324,7 +324,7 @@ def test_run_under_nohup_goes_on_when_its_terminal_closes(mini):
 def test_scripts_are_good_guests_too(tmp_path, monkeypatch):
     """Ctrl-C in the first of two calls, then --resume, all in this process."""
     before, step, settings = handlers(), torch.optim.Adam.step, kinds(tmp_path)
-    for kind in "cpq", "marvel":
+    for kind in "offline", "marvel":
         (script, options), steps = settings[kind], iter(range(1000))
         monkeypatch.setattr(torch.optim.Adam, "step", lambda *x, steps=steps: (
             next(steps) == 50 and os.kill(os.getpid(), signal.SIGINT), step(*x)))

@@ -35,7 +35,7 @@ def train(tmp_path, settings):
 
 
 # --- Watching changes nothing ---
-@pytest.mark.parametrize("kind", ["cpq", "marvel"])
+@pytest.mark.parametrize("kind", ["offline", "marvel"])
 def test_evaluating_logging_and_saving_change_nothing_of_the_training(
         tmp_path, settings, train, monkeypatch, kind):
     plain = train(kind, "plain", checkpoint_every=10**6, eval_every=10**6)
@@ -56,7 +56,7 @@ def test_evaluating_logging_and_saving_change_nothing_of_the_training(
         assert np.isfinite(one["eval_mean_cost"]).sum() < np.isfinite(other["eval_mean_cost"]).sum()
 
 
-@pytest.mark.parametrize("kind", ["cpq", "marvel"])
+@pytest.mark.parametrize("kind", ["offline", "marvel"])
 def test_same_seed_gives_the_same_files_alone_and_beside_other_runs(tmp_path, settings, kind):
     script, options = settings[kind]
     assert run(script, tmp_path / "alone", **options)[0] == 0
@@ -107,7 +107,7 @@ def assert_all_that_is_there_is_good(folder):
 
 
 @pytest.mark.parametrize(("kind", "function", "call", "where"), [
-    ("cpq", "critic_loss", 19, "update_steps 19"), ("cpq", "actor_loss", 19, "update_steps 19"),
+    ("offline", "critic_loss", 19, "update_steps 19"), ("offline", "actor_loss", 19, "update_steps 19"),
     ("bear_lag", "critic_loss", 19, "update_steps 19"), ("bear_lag", "bear_loss", 19, "update_steps 19"),
     ("bc_safe", "log_likelihood", 19, "update_steps 19"),
     ("marvel", "critic_loss", 17, "vpa_steps 17, env_steps 0"),
@@ -209,5 +209,5 @@ def test_simulators_are_closed_at_the_end(monkeypatch, train):
 
     monkeypatch.setattr(common, "make_env", make_env)
     train("marvel", "online")
-    train("cpq", "offline")
+    train("offline", "offline")
     assert open_ones == []

@@ -77,9 +77,9 @@ def assert_resumes_to_the_same_end(script, folder, reference):
 
 # --- SIGKILL ---
 @pytest.mark.parametrize(("kind", "what", "share"), [
-    ("cpq", "gradient step", 0.01), ("cpq", "gradient step", 0.5), ("cpq", "gradient step", 0.99),
-    ("cpq", "flush to disk", 0.4), ("cpq", "row", 0.7),
-    ("bear_lag", "gradient step", 0.6), ("bc_safe", "gradient step", 0.6),
+    ("offline", "gradient step", 0.01), ("offline", "gradient step", 0.5), ("offline", "gradient step", 0.99),
+    ("offline", "flush to disk", 0.4), ("offline", "row", 0.7),
+    ("cpq", "gradient step", 0.6), ("bear_lag", "gradient step", 0.6), ("bc_safe", "gradient step", 0.6),
     ("marvel", "gradient step", 0.05), ("marvel", "gradient step", 0.15),  # in VPA
     ("marvel", "environment step", 0.5), ("marvel", "environment step", 0.9), ("marvel", "row", 0.6),
     *(("marvel", what, share) for what in ("flush to disk", "rename") for share in (0.0, 0.15, 0.6, 1.0)),
@@ -152,11 +152,11 @@ def test_row_that_was_half_written_is_cut_off(tmp_path, settings, untouched):
 
 
 def test_resumed_run_may_be_moved_and_keeps_its_options(tmp_path, settings, untouched):
-    script, options = settings["cpq"]
+    script, options = settings["offline"]
     assert run(script, tmp_path / "run", at=("gradient step", 70), do=kill, **options)[0] == -signal.SIGKILL
     config = (tmp_path / "run/config.json").read_bytes()
     (tmp_path / "run").rename(tmp_path / "elsewhere")
-    assert_resumes_to_the_same_end(script, tmp_path / "elsewhere", untouched("cpq")[0])
+    assert_resumes_to_the_same_end(script, tmp_path / "elsewhere", untouched("offline")[0])
     assert (tmp_path / "elsewhere/config.json").read_bytes() == config
 
 
@@ -179,8 +179,8 @@ def curves(folder):
 @pytest.mark.parametrize(("kind", "options", "killed", "stopped"), [
     ("marvel", {}, ("environment step", 150), None),
     ("marvel", {"vpa_steps": 250, "checkpoint_every": 90}, ("gradient step", 240), None),
-    ("cpq", {}, ("row", 3), None),
-    ("cpq", {}, ("gradient step", 3 * 16), ("gradient step", 2))])  # stopped before it logs anything
+    ("offline", {}, ("row", 3), None),
+    ("offline", {}, ("gradient step", 3 * 16), ("gradient step", 2))])  # stopped before it logs anything
 def test_tensorboard_shows_every_number_once(tmp_path, settings, kind, options, killed, stopped):
     script, small = settings[kind]
     assert run(script, tmp_path / "untouched", **{**small, **options})[0] == 0
@@ -196,7 +196,7 @@ def test_tensorboard_shows_every_number_once(tmp_path, settings, kind, options, 
 
 # --- More steps ---
 @pytest.mark.parametrize(("kind", "name", "steps"), [
-    ("cpq", "update_steps", (20, 40)), ("marvel", "total_timesteps", (80, 160))])
+    ("offline", "update_steps", (20, 40)), ("marvel", "total_timesteps", (80, 160))])
 def test_finished_run_may_get_more_steps_and_ends_as_one_that_had_them_from_the_start(
         tmp_path, settings, kind, name, steps):
     script, options = settings[kind]
@@ -210,12 +210,12 @@ def test_finished_run_may_get_more_steps_and_ends_as_one_that_had_them_from_the_
 
 
 def test_run_that_got_more_steps_and_is_killed_before_it_saves_can_be_resumed(tmp_path, settings, untouched):
-    script, options = settings["cpq"]
+    script, options = settings["offline"]
     first = {**options, "update_steps": 20}
     assert run(script, tmp_path / "run", at=("gradient step", 40), do=kill, **first)[0] == -signal.SIGKILL
     status, _ = resume(script, tmp_path / "run", at=("gradient step", 3), do=kill, update_steps=30)
     assert status == -signal.SIGKILL
-    assert_resumes_to_the_same_end(script, tmp_path / "run", untouched("cpq")[0])
+    assert_resumes_to_the_same_end(script, tmp_path / "run", untouched("offline")[0])
 
 
 def test_run_is_not_gone_on_with_under_another_law(tmp_path, settings):
@@ -239,7 +239,7 @@ def test_number_of_steps_that_is_typed_counts_though_it_is_the_default(tmp_path,
 
 # --- Signals ---
 @pytest.mark.parametrize(("number", "kind", "at", "where"), [
-    (signal.SIGINT, "cpq", ("gradient step", 3 * 12), "update_steps 12"),
+    (signal.SIGINT, "offline", ("gradient step", 3 * 12), "update_steps 12"),
     (signal.SIGTERM, "marvel", ("gradient step", 9), "vpa_steps 9, env_steps 0"),
     # 40 steps are of the evaluation before; then it is within the first or the second episode
     (signal.SIGTERM, "marvel", ("environment step", 40 + 5), "vpa_steps 20, env_steps 20"),
@@ -257,7 +257,7 @@ def test_signal_saves_at_the_end_of_the_block_and_says_how_to_resume(
 
 
 def test_run_that_is_stopped_before_it_logs_anything_can_be_resumed_again(tmp_path, settings, untouched):
-    script, options = settings["cpq"]
+    script, options = settings["offline"]
     # a checkpoint at step 7, the row of step 10, and the end before step 14: resuming cuts the row off
     assert run(script, tmp_path / "run", at=("gradient step", 3 * 12), do=kill, **options)[0] == -9
     first, metrics = saved(tmp_path / "run"), tmp_path / "run/metrics.csv"
@@ -266,7 +266,7 @@ def test_run_that_is_stopped_before_it_logs_anything_can_be_resumed_again(tmp_pa
     assert status == 128 + signal.SIGTERM
     again = saved(tmp_path / "run")
     assert again["progress"] == {"update_steps": 8} and again["metrics_bytes"] == metrics.stat().st_size
-    assert_resumes_to_the_same_end(script, tmp_path / "run", untouched("cpq")[0])
+    assert_resumes_to_the_same_end(script, tmp_path / "run", untouched("offline")[0])
 
 
 @pytest.mark.parametrize("pause", [0, 1.2])
@@ -305,7 +305,7 @@ def started(command, how, folder, **streams):
 
 def test_command_that_an_interrupted_script_prints_resumes_it_and_takes_no_other_option(
         tmp_path, settings, untouched):
-    command, how = command_of(tmp_path, **settings["cpq"][1], seed=0)
+    command, how = command_of(tmp_path, **settings["offline"][1], seed=0)
     process = started(command, how, tmp_path / "a  run's", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                       text=True)
     process.send_signal(signal.SIGINT)
@@ -320,12 +320,12 @@ def test_command_that_an_interrupted_script_prints_resumes_it_and_takes_no_other
     assert files(tmp_path) == before
     done = subprocess.run(words, **how, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert_same_end(tmp_path / "a  run's", untouched("cpq")[0])
+    assert_same_end(tmp_path / "a  run's", untouched("offline")[0])
 
 
 def test_ctrl_c_saves_though_what_shows_the_messages_dies_of_it_too(tmp_path, settings, untouched):
     """As `2>&1 | tee` does; and though it comes twice, as from GNU's `timeout`."""
-    command, how = command_of(tmp_path, **settings["cpq"][1])
+    command, how = command_of(tmp_path, **settings["offline"][1])
     shown = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     process = started(command, how, tmp_path / "a  run's", stdout=shown.stdin, stderr=shown.stdin)
     shown.stdin.close()
@@ -334,7 +334,7 @@ def test_ctrl_c_saves_though_what_shows_the_messages_dies_of_it_too(tmp_path, se
     for _ in range(2):
         process.send_signal(signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT
-    assert_resumes_to_the_same_end(offline_pretrain, tmp_path / "a  run's", untouched("cpq")[0])
+    assert_resumes_to_the_same_end(offline_pretrain, tmp_path / "a  run's", untouched("offline")[0])
 
 
 # --- A full disk ---
@@ -344,8 +344,8 @@ def fill(most):
 
 
 @pytest.mark.parametrize(("kind", "at", "most"), [
-    ("cpq", ("gradient step", 50), 4000),  # a checkpoint cannot be written
-    ("cpq", ("row", 2), 200),  # nor a line of metrics.csv
+    ("offline", ("gradient step", 50), 4000),  # a checkpoint cannot be written
+    ("offline", ("row", 2), 200),  # nor a line of metrics.csv
     ("marvel", ("environment step", 150), 4000), ("marvel", ("row", 5), 200), ("marvel", ("row", 13), 200)])
 def test_full_disk_ends_the_run_with_one_line_and_the_old_checkpoint_is_whole(
         tmp_path, settings, untouched, kind, at, most):
@@ -359,13 +359,13 @@ def test_full_disk_ends_the_run_with_one_line_and_the_old_checkpoint_is_whole(
 
 
 def test_start_that_finds_the_disk_full_can_be_made_again(tmp_path, settings, untouched, monkeypatch):
-    script, options = settings["cpq"]
+    script, options = settings["offline"]
     with monkeypatch.context() as patch:
         patch.setattr(common, "write_file", lambda *_: common.stop("full", status=1))
         assert run(script, tmp_path / "run", **options)[0] == 1
     assert (tmp_path / "run/metrics.csv").exists() and not (tmp_path / "run/config.json").exists()
     assert run(script, tmp_path / "run", **options)[0] == 0
-    assert_same_end(tmp_path / "run", untouched("cpq")[0])
+    assert_same_end(tmp_path / "run", untouched("offline")[0])
 
 
 # --- One run, one folder ---
@@ -389,7 +389,7 @@ def test_second_run_cannot_write_where_one_is_at_work(tmp_path, settings, untouc
 @pytest.mark.parametrize("name", ["config.json", "metrics.csv", "checkpoint.pt", "curves.png",
                                   "events.out.tfevents.1.of-another-project"])
 def test_folder_that_holds_anything_of_a_run_is_refused_with_both_ways_out(tmp_path, settings, name):
-    script, options = settings["cpq"]
+    script, options = settings["offline"]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("precious")
     line = error_line(*run(script, tmp_path / "run", **options))
@@ -402,11 +402,11 @@ def test_folder_that_holds_anything_of_a_run_is_refused_with_both_ways_out(tmp_p
 @pytest.mark.parametrize("at", [None, ("rename", 1), ("flush to disk", 1)])  # at both, of config.json
 def test_overwriting_starts_from_nothing_though_it_is_killed_while_it_starts(
         tmp_path, settings, untouched, at):
-    script, options = settings["cpq"]
+    script, options = settings["offline"]
     assert run(script, tmp_path / "run", at=("row", 2), do=kill, **{**options, "seed": 5})[0] == -9
     if at:
         assert run(script, tmp_path / "run", at=at, do=kill, overwrite=True, **options)[0] == -9
         assert "has no config.json (start it again)" in error_line(*resume(script, tmp_path / "run"))
     status, printed = run(script, tmp_path / "run", overwrite=True, **options)
     assert status == 0, printed
-    assert_same_end(tmp_path / "run", untouched("cpq")[0])
+    assert_same_end(tmp_path / "run", untouched("offline")[0])

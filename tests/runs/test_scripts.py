@@ -61,12 +61,12 @@ def check_files(run_dir):
 
 # --- Every mode ---
 def test_offline_run_updates_all_networks_and_says_what_it_was_made_of(settings, offline_run):
-    checkpoint, (_, options) = saved(offline_run), settings["cpq"]
+    checkpoint, (_, options) = saved(offline_run), settings["offline"]
     torch.manual_seed(0)
     fresh = {"actor": offline_pretrain.Actor(3, 2), "q": offline_pretrain.Critic(2, 3, 2),
              "qc": offline_pretrain.Critic(1, 3, 2)}
     assert moved({name: net.state_dict() for name, net in fresh.items()}, checkpoint) == list(NETWORKS)
-    for name in ("actor", "critic", "vae"):
+    for name in ("actor", "critic"):
         assert updates(checkpoint[f"{name}_optimizer"]) == 30
     check_files(offline_run)
     metrics = read_metrics(offline_run / "metrics.csv")
@@ -114,8 +114,8 @@ def test_scripts_name_their_default_folders_after_task_script_and_seed(tmp_path,
         brief = {"update_steps": 1} if "update_steps" in options else {"total_timesteps": 0}
         script.main(args_of(script, **{**options, **brief, "seed": 7}))
     folders = {folder.name for folder in (tmp_path / "runs").iterdir()}
-    scripts = ("offline_pretrain", "bear_lag", "bc_safe", "marvel_sac_pid", "marvel_released_pid", "jsrl",
-               "pex", "so2")
+    scripts = ("offline_pretrain", "cpq", "bear_lag", "bc_safe", "marvel_sac_pid", "marvel_released_pid",
+               "jsrl", "pex", "so2")
     assert folders == {f"small:Small-v0__{script}__seed7" for script in scripts}
 
 

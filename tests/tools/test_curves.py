@@ -19,7 +19,7 @@ TABLE_HEAD = ["sampled", "return", "cost", "mean-action", "return", "cost"]
 @pytest.fixture(scope="module")
 def offline_runs(ball_file, tmp_path_factory):
     """{algorithm: folder} of one tiny run of every offline algorithm."""
-    scripts = {"cpq": offline_pretrain, "bear-lag": bear_lag, "bc-safe": bc_safe}
+    scripts = {"offline": offline_pretrain, "bear-lag": bear_lag, "bc-safe": bc_safe}
     folders = {algorithm: tmp_path_factory.mktemp("runs") / algorithm for algorithm in scripts}
     for algorithm, script in scripts.items():
         script.main(script.Args(**TINY_OFFLINE, cost_limit=500.0, dataset_path=str(ball_file),
@@ -32,7 +32,7 @@ def online_run(ball_file, offline_runs, tmp_path_factory):
     """The folder of one tiny finetuning."""
     run_dir = tmp_path_factory.mktemp("runs") / "online"
     marvel_sac_pid.main(marvel_sac_pid.Args(
-        **TINY_MARVEL, checkpoint=str(offline_runs["cpq"] / "checkpoint.pt"), dataset_path=str(ball_file),
+        **TINY_MARVEL, checkpoint=str(offline_runs["offline"] / "checkpoint.pt"), dataset_path=str(ball_file),
         run_dir=str(run_dir)))
     return run_dir
 
@@ -171,7 +171,7 @@ def test_finished_online_run_gives_its_table_its_costs_and_three_panels(online_r
 
 
 OFFLINE_PANELS = {
-    "cpq": {"mean target": ["q mean", "qc mean"], "actor loss": ["actor loss"]},
+    "offline": {"mean target": ["q mean", "qc mean"], "actor loss": ["actor loss"]},
     "bear-lag": {"mean target": ["q mean", "qc mean"], "Lagrange multiplier": ["lagrange multiplier"],
                  "actor loss": ["actor loss"]},
     "bc-safe": {"actor loss": ["actor loss"]},
@@ -208,7 +208,7 @@ def interrupt(monkeypatch, run_dir, ball_file, offline_runs, blocks):
     with pytest.raises(Interruption):
         marvel_sac_pid.main(marvel_sac_pid.Args(
             **TINY_MARVEL | {"total_timesteps": 1000, "eval_every": 10**9}, checkpoint_every=300,
-            checkpoint=str(offline_runs["cpq"] / "checkpoint.pt"), dataset_path=str(ball_file),
+            checkpoint=str(offline_runs["offline"] / "checkpoint.pt"), dataset_path=str(ball_file),
             run_dir=str(run_dir)))
 
 
@@ -255,7 +255,7 @@ def test_last_row_that_was_cut_short_is_read_as_far_as_it_goes(online_run, tmp_p
 def test_run_that_has_logged_nothing_gives_its_evaluation_and_no_curves(
         tmp_path, ball_file, offline_runs, refusal, capsys):
     marvel_sac_pid.main(marvel_sac_pid.Args(
-        **TINY_MARVEL | {"total_timesteps": 0}, checkpoint=str(offline_runs["cpq"] / "checkpoint.pt"),
+        **TINY_MARVEL | {"total_timesteps": 0}, checkpoint=str(offline_runs["offline"] / "checkpoint.pt"),
         dataset_path=str(ball_file), run_dir=str(tmp_path / "x")))
     capsys.readouterr()
     show(tmp_path / "x")

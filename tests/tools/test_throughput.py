@@ -1,7 +1,6 @@
 """The benchmark times what the scripts do: its updates are main's, and a plain version of each agrees."""
 
 import sys
-from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -50,16 +49,20 @@ def check_same_networks(s, checkpoint, names=NETWORKS):
 
 @pytest.mark.pins
 @pytest.mark.parametrize(("script", "update", "names"), [
-    (offline, throughput.cpq_update, (*NETWORKS, "vae")),
+    (offline, throughput.offline_update, ("trained_actor", "average", *NETWORKS[1:])),
     (bear_lag, throughput.bear_lag_update, (*NETWORKS, "vae", "actor_target"))])
 def test_timed_offline_update_is_the_one_of_main_bit_for_bit(
         script, update, names, tmp_path, ball_file, ball_task):
     args, checkpoint = trained(script, tmp_path, update_steps=6, dataset_path=str(ball_file))
     torch.manual_seed(args.seed)
-    s, data = start(8, 2, marvel.Args()), read_scaled(ball_file, ball_task, args.reward_scale)
+    s = start(8, 2, marvel.Args(), vae=script is bear_lag)
+    data = read_scaled(ball_file, ball_task, args.reward_scale)
     timed = update(args, s)
     for _ in range(args.update_steps):
         timed(data.sample(args.batch_size))
+    if script is offline:
+        s.trained_actor = s.actor
+        checkpoint["average"] = checkpoint["actor"]
     check_same_networks(s, checkpoint, names)
     if script is bear_lag:
         assert torch.equal(s.log_mmd_weight, checkpoint["log_mmd_weight"]) and s.log_mmd_weight != 0
@@ -76,7 +79,8 @@ def offline_run(ball_file, tmp_path_factory):
 @pytest.fixture
 def finetuned(tmp_path, monkeypatch, ball_file, offline_run):
     """finetuned(**options): arguments and checkpoint of a run of marvel_sac_pid.py, and the networks that it
-    started from; torch's random state is left as it was when main drew its first batch."""
+    started from; torch's random state is left as it was when main drew the first batch of VPA, or
+    without VPA the first one online."""
     states, sample = [], marvel.ReplayBuffer.sample
     monkeypatch.setattr(marvel.ReplayBuffer, "sample",
                         lambda *a: states.append(torch.get_rng_state()) or sample(*a))
@@ -88,7 +92,7 @@ def finetuned(tmp_path, monkeypatch, ball_file, offline_run):
         s, source = start(8, 2, args), common.load_checkpoint(start_file)
         for name in NETWORKS:
             getattr(s, name).load_state_dict(source[name.removesuffix("_target")])
-        torch.set_rng_state(states[0])
+        torch.set_rng_state(states[0 if args.vpa_steps else 1])  # between them, the multiplier is aligned
         return args, checkpoint, s
 
     return run
@@ -106,6 +110,7 @@ def test_timed_vpa_update_is_the_one_of_main_bit_for_bit(finetuned, ball_file, b
 @pytest.mark.pins
 def test_timed_online_loop_and_its_update_are_those_of_main_bit_for_bit(finetuned):
     args, checkpoint, s = finetuned(vpa_steps=0, total_timesteps=400, utd=0.03, lagrange_init=0.7)
+    s.controller.start(0.7, unit=checkpoint["controller"]["unit"])
     block = throughput.online_loop(args, s, args.env_id)
     block()
     block()
@@ -124,12 +129,12 @@ def double_precision():
 
 
 CRITICS = ("q", "qc", "q_target", "qc_target")
-TRAINED = {"CPQ update": (*CRITICS, "actor", "encoder", "decoder"),
+TRAINED = {"offline update": (*CRITICS, "actor"),
            "BEAR-Lag update": (*CRITICS, "actor", "actor_target", "encoder", "decoder"),
            "VPA update": CRITICS, "online update": (*CRITICS, "actor")}
 
 # what is 0 or 1 as long as one branch only is taken
-BRANCHES = {"safe_share", "ood_share", "imitated_share", "ood_shortfall", "lagrange_multiplier"}
+BRANCHES = {"safe_share", "imitated_share", "lagrange_multiplier"}
 
 
 @pytest.mark.parametrize("name", UPDATES)
@@ -140,8 +145,6 @@ def test_update_equals_a_plain_version_of_it(name, double_precision):
                 terminals=(torch.rand(500) < 0.3).double(), timeouts=torch.zeros(500))
     buffer = buffer_of(data)
     s, (options, script, plain) = start(5, 3, marvel.Args()), UPDATES[name]
-    if name == "CPQ update":
-        options = replace(options, ood_quantile=0.5)
     # some actions are safe and some are not, and no multiplier is 0
     s.qc_threshold = s.qc(data["observations"], s.actor(data["observations"])[0]).quantile(0.4).item()
     assert s.controller.multiplier == 0.5
@@ -185,11 +188,10 @@ def test_floor_is_the_matrix_products_of_forward_and_backward_and_no_others():
     targets = actor + 3 * critic
     actor_backward = actor + hidden + h * 2 * act
     vae = 2 * (encoder + decoder) + decoder + hidden + h * 4 * act
-    ood = 2 * (actor + encoder + 2 * critic + hidden)
     needed = {
         "VPA update": targets + fit,
         "online update": targets + fit + actor + 2 * 3 * critic + actor_backward,
-        "CPQ update": vae + targets + ood + fit + 2 * (actor + actor_backward) + (2 * 2 + 1 + 3) * critic,
+        "offline update": targets + fit + 2 * (actor + actor_backward) + (2 * 2 + 1 + 3) * critic,
         "BEAR-Lag update": vae + actor + 4 * 3 * critic + fit + actor + actor_backward + 2 * 3 * critic
                            + 4 * decoder}
     buffer = buffer_of(throughput.transitions(obs, act))
@@ -263,11 +265,12 @@ def test_peers_trainers_are_timed_with_and_without_their_loader(monkeypatch, own
     steps = []
     package, algorithms, parts = ModuleType("osrl"), ModuleType("osrl.algorithms"), ModuleType("osrl.common")
     package.__path__ = []
-    for name in ("CPQ", "BEARL"):
-        def trainer(model, env, logger, name=name, **rates):
-            return SimpleNamespace(train_one_step=lambda *batch: steps.append((name, batch)))
-        setattr(algorithms, name, lambda **sizes: sizes)
-        setattr(algorithms, f"{name}Trainer", trainer)
+
+    def trainer(model, env, logger, **rates):
+        return SimpleNamespace(train_one_step=lambda *batch: steps.append(batch))
+
+    algorithms.BEARL = lambda **sizes: sizes
+    algorithms.BEARLTrainer = trainer
 
     class Rows(torch.utils.data.IterableDataset):
         def __init__(self, arrays):
@@ -281,10 +284,10 @@ def test_peers_trainers_are_timed_with_and_without_their_loader(monkeypatch, own
     for module in (package, algorithms, parts):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     trainers = throughput.osrl_trainers(throughput.transitions(5, 3), batch_size=4)
-    assert list(trainers) == ["CPQ update", "BEAR-Lag update"]
+    assert list(trainers) == ["BEAR-Lag update"]
     for versions in trainers.values():
         assert list(versions) == ["OSRL", "OSRL with DataLoader"]
         for step in versions.values():
             step()
-    assert [name for name, _ in steps] == ["CPQ", "CPQ", "BEARL", "BEARL"]
-    assert all(batch[0].shape == (4, 5) for _, batch in steps)
+    assert len(steps) == 2
+    assert all(batch[0].shape == (4, 5) for batch in steps)
