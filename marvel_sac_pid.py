@@ -567,8 +567,10 @@ def main(args: Args) -> None:
         print(f"multiplier: least squares {lambda_ls:.3f}, ratio of norms {lambda_norm:.3f}")
         unit = lambda_norm
         if lambda_ls < TRUSTED_COSINE * lambda_norm or lambda_norm == 0:
-            print("its critics know too little of other actions: the multiplier begins at 1, in units of 1")
-            lambda_ls = lambda_norm = unit = 1.0
+            print("the critics' gradients do not agree: the multiplier begins at 1, in units of 1")
+            unit = 1.0
+            lambda_ls = 1.0
+            lambda_norm = 1.0
         if args.lagrange_init == "relax":
             controller.start(lambda_ls, fading_from=lambda_norm, unit=unit)
         elif args.lagrange_init == "aligned":

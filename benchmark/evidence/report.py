@@ -29,7 +29,11 @@ COLOURS = {"from-scratch": "gray", "warm-start": "orange", "jsrl": "purple", "pe
            "vpa-dual": "green", "marvel": "blue"}
 MISMATCH = {"dual-from-bear-lag": "dual ascent from BEAR-Lag's multiplier", "vpa-dual": "dual ascent from 0",
             "marvel": "aPID, aligned start"}
-OFFLINE = {"offline": "CPQ", "bear-lag": "BEAR-Lag", "bc-safe": "BC-Safe"}
+OFFLINE = {"offline": "offline_pretrain.py", "cpq": "CPQ", "bear-lag": "BEAR-Lag", "bc-safe": "BC-Safe"}
+OFFLINE_PARTS = {"offline": "offline_pretrain.py", "cpq": "with CPQ's penalty",
+                 "offline-no-imitation": "without imitation", "offline-no-average": "without the average",
+                 "offline-one-tau": "Qc's target as slow as Q's"}
+LIMITS = {"marvel-at-10": 10.0, "marvel": COST_LIMIT, "marvel-at-40": 40.0}
 
 
 def interval(values: list[float]) -> str:
@@ -129,33 +133,76 @@ def equal_table(runs: dict[str, list[dict]], methods: Iterable[str]) -> list[str
 
 
 def offline_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
-    """Every offline algorithm beside its dataset's episodes within the limit, for tasks with all of them."""
+    """The offline algorithms beside the dataset's episodes within the limit, where a task has several."""
     lines = ["### Offline algorithms, cost limit 20", "",
              "| task | policy (seeds) | sampled return | sampled cost | mean-action return "
              "| mean-action cost |", "|" + "---|" * 6]
     for task, runs in results.items():
-        if not set(OFFLINE) <= set(runs) or not (RESULTS / task / "dataset.csv").exists():
+        if len(set(OFFLINE) & set(runs)) < 2 or not (RESULTS / task / "dataset.csv").exists():
             continue
         data = {name: x[0] for name, x in read_metrics(RESULTS / task / "dataset.csv").items()}
         quartiles = f"{data['safe_q25']:.1f}, {data['safe_q50']:.1f}, {data['safe_q75']:.1f}"
         lines.append(f"| {task} | the data's {data['safe_episodes']:.0f} episodes within the limit, quartiles"
                      f" | {quartiles} | {data['safe_mean_cost']:.1f} on average | | |")
         for method, name in OFFLINE.items():
+            if method not in runs:
+                continue
             cells = [interval([run[f"eval_{how}_{what}"][-1] for run in runs[method]])
                      for how in ("sampled", "mean") for what in ("return", "cost")]
             lines.append(f"| {task} | {name} ({len(runs[method])}) | " + " | ".join(cells) + " |")
     return lines + [""]
 
 
+def offline_parts_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
+    """What the parts of offline_pretrain.py bring: every seed's last sampled policy."""
+    lines = ["### Parts of the offline policy, cost limit 20", "",
+             "| task (75th percentile of the data's safe episodes) | policy | return of each seed | cost |",
+             "|" + "---|" * 4]
+    for task, runs in results.items():
+        if "offline-one-tau" not in runs:
+            continue
+        best = read_metrics(RESULTS / task / "dataset.csv")["safe_q75"][0]
+        for method, name in OFFLINE_PARTS.items():
+            returns = ", ".join(f"{run['eval_sampled_return'][-1]:.0f}" for run in runs.get(method, []))
+            costs = ", ".join(f"{run['eval_sampled_cost'][-1]:.1f}" for run in runs.get(method, []))
+            if method in runs:
+                lines.append(f"| {task} ({best:.0f}) | {name} | {returns} | {costs} |")
+    return lines + [""]
+
+
+def limits_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
+    """Marvel under three limits, each task that was run under all of them."""
+    lines = ["### Marvel under other limits", "",
+             "| task | limit (seeds) | sampled return | sampled cost | return of the last 20 episodes "
+             "| violation regret | episodes over the limit | worst 20-episode cost "
+             "| windows of 20 over the limit |",
+             "|" + "---|" * 9]
+    for task, runs in results.items():
+        for method, limit in LIMITS.items() if set(LIMITS) <= set(runs) else ():
+            seeds = runs[method]
+            windows = [rolling_mean(run["episode_cost"], 20)[19:] for run in seeds]
+            over = sum(int((window > limit).sum()) for window in windows)
+            cells = [task, f"{limit:g} ({len(seeds)})"]
+            cells += [interval([run["eval_sampled_return"][-1] for run in seeds]),
+                      interval([run["eval_sampled_cost"][-1] for run in seeds])]
+            cells += [interval([run["episode_return"][-20:].mean() for run in seeds]),
+                      interval([run["violation_regret"][-1] for run in seeds]),
+                      interval([100 * (run["episode_cost"] > limit).mean() for run in seeds]) + " %",
+                      interval([window.max() for window in windows]),
+                      f"{over} of {sum(map(len, windows))}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines + [""]
+
+
 def short_runs_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
-    """One line per task that has a single short Marvel run and no other method."""
+    """One line per task that has a single short Marvel run and is not compared with From Scratch."""
     lines = ["### Short runs, one seed, cost limit 20", "",
              "| task | transitions | offline policy: sampled return | cost | Marvel's steps "
              "| sampled return | cost | mean-action return | cost | violation regret "
              "| worst 20-episode cost |",
              "|" + "---|" * 11]
     for task, runs in results.items():
-        if "from-scratch" in runs or not {"offline", "marvel"} <= set(runs):
+        if compared(runs) or not {"offline", "marvel"} <= set(runs):
             continue
         start, run = runs["offline"][0], runs["marvel"][0]
         worst = rolling_mean(run["episode_cost"], 20)[19:]
@@ -241,13 +288,19 @@ def read_results() -> dict[str, dict[str, list[dict]]]:
     return {task: runs for task, runs in results.items() if runs}
 
 
+def compared(runs: dict[str, list[dict]]) -> bool:
+    """Whether a task has a table of its own: more than a single short run."""
+    return "from-scratch" in runs or len(runs.get("marvel", [])) > 1
+
+
 def summary(results: dict[str, dict[str, list[dict]]]) -> str:
     """The text of summary.md."""
     lines = ["Made by `python benchmark/evidence/report.py`.", ""]
     for task, runs in results.items():
-        if "from-scratch" in runs:
+        if compared(runs):
             lines += table(task, runs)
-    return "\n".join(lines + offline_table(results) + short_runs_table(results) + stranger_table())
+    return "\n".join(lines + offline_table(results) + offline_parts_table(results) + limits_table(results)
+                     + short_runs_table(results) + stranger_table())
 
 
 def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
@@ -257,6 +310,10 @@ def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
         kind, _, task = what.partition(" ")
         if what == "offline algorithms":
             lines = offline_table(results)
+        elif what == "offline parts":
+            lines = offline_parts_table(results)
+        elif what == "limits":
+            lines = limits_table(results)
         elif what == "short runs":
             lines = short_runs_table(results)
         elif what == "imported":
@@ -285,7 +342,7 @@ def main() -> None:
         part.write_text(text)
         part.replace(file)
     for task, runs in results.items():
-        if "from-scratch" in runs:
+        if compared(runs):
             picture(task, runs)
     if any("dual-from-bear-lag" in runs for runs in results.values()):
         mismatch_picture(results)

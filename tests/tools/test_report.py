@@ -84,6 +84,31 @@ def test_summary_of_small_results(results):
     assert "| SafetyCarRun-v0 | 1234 | 50.0 | 1.0 | 4000 | 70.0 | 3.0 | 80.0 | 4.0 | 10.0 | 1.5 |" in text
 
 
+def test_parts_of_the_offline_policy_are_shown_seed_by_seed_beside_the_datas_best_quarter(results):
+    runs = results["SafetyBallCircle-v0"]
+    runs["offline-one-tau"] = runs["bear-lag"][:1]
+    assert report.fill_tables("<!-- offline parts -->\n", results).splitlines()[3:] == [
+        "| SafetyBallCircle-v0 (9) | offline_pretrain.py | 50, 51 | 1.0, 1.0 |",
+        "| SafetyBallCircle-v0 (9) | Qc's target as slow as Q's | 50 | 1.0 |"]
+
+
+def test_table_of_limits_counts_the_windows_over_each_ones_own(results):
+    """The seventh of forty episodes costs 30: it is in 7 of the 21 windows of 20, whose means are 1.5."""
+    runs = results["SafetyBallCircle-v0"]
+    assert len(report.fill_tables("<!-- limits -->\n", results).splitlines()) == 3
+    runs["marvel-at-10"] = runs["marvel-at-40"] = [run([10] * 40, [0] * 6 + [30] + [0] * 33) | {
+        "violation_regret": np.full(40, 20.0), "eval_sampled_return": np.array([7.0]),
+        "eval_sampled_cost": np.array([3.0])}]
+    rows = report.fill_tables("<!-- limits -->\n", results).splitlines()[3:]
+    assert rows[0] == "| SafetyBallCircle-v0 | 10 (1) | 7.0 | 3.0 | 10.0 | 20.0 | 2.5 % | 1.5 | 0 of 21 |"
+    assert [row.split(" | ")[1] for row in rows] == ["10 (1)", "20 (2)", "40 (1)"]
+    assert rows[2].endswith("| 0.0 % | 1.5 | 0 of 21 |")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(report.LIMITS, "marvel-at-10", 1.4)
+        row = report.fill_tables("<!-- limits -->\n", results).splitlines()[3]
+    assert row.endswith("| 7 of 21 |")
+
+
 def test_narrow_table_has_five_columns_of_the_sampled_policy(results):
     mark = "<!-- narrow SafetyBallCircle-v0: offline so2 marvel -->\n"
     assert report.fill_tables(mark, results).splitlines()[1:] == [
