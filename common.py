@@ -64,7 +64,6 @@ OPTION_BOUNDS = {
     "tau": (0, 1),
     "qc_tau": (0, 1),
     "actor_tau": (0, 1),
-    "lr_decay_steps": (1, 1e9),
     "vpa_tau": (0, 1),
     "cost_limit": (0, 1e9),
     "cost_margin": (0, 2),

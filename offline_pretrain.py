@@ -52,17 +52,15 @@ class Args:
     """transitions per gradient step"""
     update_steps: int = 4_000
     """gradient steps"""
-    critic_lr: float = 2e-3
-    """first learning rate of both critics"""
-    actor_lr: float = 1e-3
-    """first learning rate of the actor"""
-    lr_decay_steps: int = 1_000
-    """after so many gradient steps both rates are halved: they are divided by 1 + step / lr_decay_steps"""
+    critic_lr: float = 1e-3
+    """learning rate of both critics"""
+    actor_lr: float = 3e-4
+    """learning rate of the actor"""
     tau: float = 0.02
     """target Q's step per gradient step"""
     qc_tau: float = 0.05
     """target Qc's: a constant error of a critic fades by about exp(-steps * tau * (1 - gamma))"""
-    actor_tau: float = 1e-3
+    actor_tau: float = 4e-3
     """step of the averaged actor, which is the policy, towards the trained one; 1: no average"""
 
     # --- Policy ---
@@ -334,11 +332,6 @@ def main(args: Args) -> None:
     bar = tqdm(range(progress["update_steps"] + 1, args.update_steps + 1), "offline", mininterval=1)
     for step in bar:
         batch = data.sample(args.batch_size)
-
-        # --- Decay the learning rates ---
-        decay = 1 / (1 + step / args.lr_decay_steps)
-        critic_optimizer.param_groups[0]["lr"] = args.critic_lr * decay
-        actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay
 
         # --- Update critics ---
         targets = cpq_targets(batch, trained_actor, q_target, qc_target, args.gamma, qc_threshold,

@@ -134,9 +134,6 @@ def offline_update(args: offline.Args, s: SimpleNamespace) -> Callable[[dict], d
 
     def update(batch):
         s.steps += 1
-        decay = 1 / (1 + s.steps / args.lr_decay_steps)
-        critic_optimizer.param_groups[0]["lr"] = args.critic_lr * decay
-        actor_optimizer.param_groups[0]["lr"] = args.actor_lr * decay
         targets = offline.cpq_targets(batch, s.actor, s.q_target, s.qc_target, args.gamma, s.qc_threshold,
                                       s.largest_cost)
         loss, metrics = offline.critic_loss(batch, s.q, s.qc, *targets)
@@ -330,7 +327,6 @@ def plain_critics(args, p: SimpleNamespace) -> Callable[..., dict]:
         descend(qc_loss + penalty, qc_optimizer)
         return dict(q_loss=q_loss, qc_loss=qc_loss, q_mean=y.mean(), qc_mean=yc.mean())
 
-    update.optimizers = [q_optimizer, qc_optimizer]
     return update
 
 
@@ -404,9 +400,6 @@ def plain_offline(args: offline.Args, p: SimpleNamespace) -> Callable[[dict], di
     fit = plain_critics(args, p)
     actor_optimizer = torch.optim.Adam(p.actor.parameters(), lr=args.actor_lr)
     p.average, p.steps = deepcopy(p.actor), 0
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda k: args.lr_decay_steps / (args.lr_decay_steps + k + 1))
-        for optimizer in [*fit.optimizers, actor_optimizer]]
 
     def update(batch):
         obs, act, next_obs = batch["observations"], batch["actions"], batch["next_observations"]
@@ -437,8 +430,6 @@ def plain_offline(args: offline.Args, p: SimpleNamespace) -> Callable[[dict], di
         polyak(p.qc, p.qc_target, args.qc_tau)
         p.steps += 1
         polyak(p.actor, p.average, max(args.actor_tau, 1 / p.steps))
-        for scheduler in schedulers:
-            scheduler.step()
         return losses | dict(actor_loss=actor_loss)
 
     return update
