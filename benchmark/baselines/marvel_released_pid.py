@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import marvel_sac_pid  # noqa: E402
 
+RELEASED_GAIN = 5e-6  # all three, per unit of episode cost and update
 MEAN_OFFSET = 0.1  # the official code's, against a division by 0
 MIN_SHARE = 0.1  # of its first value, to which a gain may fall
 CONTROLLER = marvel_sac_pid.PIDLagrangian
@@ -48,7 +49,11 @@ class ReleasedPIDLagrangian(CONTROLLER):
 
 
 def main(args: marvel_sac_pid.Args) -> None:
-    """Run Marvel with this controller in the place of its own."""
+    """Run Marvel with this controller for its own; gains that are not given are the official ones."""
+    if args.resume is None:
+        defaults = marvel_sac_pid.Args()
+        args = replace(args, **{name: RELEASED_GAIN for name in ("kp", "ki", "kd")
+                                if getattr(args, name) == getattr(defaults, name)})
     if args.run_dir is None and args.resume is None:
         args = replace(args, run_dir=common.default_run_dir(args, "marvel_released_pid"))
     marvel_sac_pid.PIDLagrangian = ReleasedPIDLagrangian

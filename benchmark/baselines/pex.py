@@ -91,7 +91,7 @@ class Args:
     lagrange_init: float = 0.0
     """first multiplier; there are no aligned critics to read one off"""
     lagrange_max: float = 100.0
-    """largest multiplier"""
+    """largest multiplier, in scaled reward per cost"""
     kp: float = 0.15
     """proportional gain: change of the multiplier, in its unit, per cost limit's worth of episode cost"""
     ki: float = 0.0006
@@ -253,14 +253,15 @@ class PIDLagrangian:
 
     With J the mean undiscounted episode cost of a rollout block, e = (J - target) / cost_unit, and n the
     gradient steps that the block is followed by, one update is
-        I <- max(0, I + ki n e)     P <- ema P + (1 - ema) e     C <- ema C + (1 - ema) J / cost_unit
+        I <- clip(I + ki n e, 0, lagrange_max / unit)
+        P <- ema P + (1 - ema) e     C <- ema C + (1 - ema) J / cost_unit
         multiplier = unit clip(kp P + I + kd max(0, C - C of d_delay updates ago), 0, lagrange_max / unit)
     and then, with m and s the mean and standard deviation of the last d_delay costs J, and
     f = 1 + adapt_rate (m - target) / max(m, target), within [1 - adapt_rate, 1 + adapt_rate]:
         m above the target:  kp, ki <- f kp, f ki       kd <- (1 + adapt_rate min(1, s / m)) kd
         else:                I <- f I                   each gain <- max(f gain, its first value)
-    Gains stay below max_growth times their first value; f is 1 where the target is 0. adapt_rate = 0 is plain
-    PID, with kp = kd = 0 dual ascent. C starts at 0, so that the first d_delay updates see it rise.
+    Gains stay below max_growth times their first value; f is 1 where m and the target are 0. adapt_rate = 0
+    is plain PID, with kp = kd = 0 dual ascent. C starts at 0, so that the first d_delay updates see it rise.
     P, I, C and the gains have no unit; that of the multiplier, reward per cost, is in `unit` alone.
 
     The target is `margin` standard deviations of the last `spread_window` episodes' costs below the limit. An
@@ -311,7 +312,7 @@ class PIDLagrangian:
         kp, ki, kd = self.gains
         mean_cost = sum(episode_costs) / len(episode_costs)
         self.episode_costs.extend(episode_costs)
-        self.target_cost = self.cost_limit - self.margin * self.spread()
+        self.target_cost = max(0.0, self.cost_limit - self.margin * self.spread())
         error = (mean_cost - self.target_cost) / self.cost_unit
         # the integral is kept within the multiplier's range, or it would go on winding up unseen
         largest = self.lagrange_max / self.unit
@@ -331,7 +332,9 @@ class PIDLagrangian:
         """Standard deviation of an episode's cost, as far as it is known."""
         played = len(self.episode_costs)
         missing = self.episode_costs.maxlen - played
-        squares = played * np.var(self.episode_costs) + missing * (self.cost_limit / 2) ** 2
+        squares = missing * (self.cost_limit / 2) ** 2
+        if played:
+            squares += played * np.var(self.episode_costs)
         deviation = math.sqrt(squares / (played + missing))
         return min(max(self.cost_limit / 4, deviation), self.cost_limit / 2)
 

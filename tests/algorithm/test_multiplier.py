@@ -317,6 +317,14 @@ def test_deviation_is_kept_between_a_quarter_and_half_of_the_limit(costs, deviat
     assert controller.target_cost == 20 - deviation
 
 
+def test_target_is_never_below_zero_and_a_target_of_zero_is_no_division_by_zero():
+    controller = PIDLagrangian(20.0, 0.1, 0.01, 0.1, margin=3.0)
+    with np.errstate(all="raise"):
+        assert controller.spread() == 10.0
+        assert multipliers(controller, [0.0] * 5) == [0.0] * 5
+    assert controller.target_cost == 0.0
+
+
 def test_block_counts_as_the_mean_of_its_episodes():
     blocks = [(3.0, 50.0), (0.0, 0.0), (90.0, 10.0)]
     whole, means = (PIDLagrangian(TARGET, 0.1, 0.01, 0.1) for _ in range(2))

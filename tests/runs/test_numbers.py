@@ -170,7 +170,7 @@ def test_logged_costs_and_regret_are_those_of_an_independent_recording(
         return (Recorder(env, steps) if len(made) == 1 else env), task
 
     monkeypatch.setattr(common, "make_env", make_env)
-    checkpoint = train("marvel", cost_limit=8.0, rollout_episodes=2, total_timesteps=300)
+    checkpoint = train("marvel", cost_limit=4.0, rollout_episodes=2, total_timesteps=300)
     metrics = read_metrics(tmp_path / "run/metrics.csv")
     reward, cost, terminated, truncated = (np.array(column) for column in zip(*steps, strict=True))
     ends = np.flatnonzero(terminated | truncated)
@@ -179,13 +179,13 @@ def test_logged_costs_and_regret_are_those_of_an_independent_recording(
     assert metrics["episode"].tolist() == list(range(1, len(ends) + 1))
     parts = np.split(np.arange(len(cost)), ends[:-1] + 1)
     costs = np.array([sum(cost[part]) for part in parts])
-    assert (costs > 8).any() and (costs < 8).any()
+    assert (costs > 4).any() and (costs < 4).any()
     for name, expected in {
             "episode_return": [sum(reward[part]) for part in parts],
             "episode_cost": costs,
-            "normalized_cost": costs / 8,
+            "normalized_cost": costs / 4,
             "cumulative_cost": [sum(costs[:k + 1]) for k in range(len(parts))],
-            "violation_regret": [sum(max(0.0, c - 8.0) for c in costs[:k + 1]) for k in range(len(parts))],
+            "violation_regret": [sum(max(0.0, c - 4.0) for c in costs[:k + 1]) for k in range(len(parts))],
             }.items():
         np.testing.assert_allclose(metrics[name], expected, rtol=1e-5, err_msg=name)
     buffer = {name: values.numpy() for name, values in checkpoint["buffer"].items()}
