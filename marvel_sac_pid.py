@@ -119,7 +119,7 @@ class Args:
 
 LOG_STD_MIN, LOG_STD_MAX = -5, 2
 ALIGNMENT_STATES = 4096  # states over which the first multiplier averages the critics' gradients
-TRUSTED_COSINE = 0.05  # of the critics' gradients: 0.14 to 0.24 on our tasks, 0 on a policy's own rollouts
+TRUSTED_COSINE = 0.05  # of the critics' gradients; benchmark/methods.md has what it is on our tasks
 
 # metrics.csv, one line per episode; a new number needs its name here. Losses are those of the last gradient
 # step, q_mean and qc_mean are the critics' targets there, the gains are the next update's

@@ -78,7 +78,7 @@ def test_summary_of_small_results(results):
     # one of forty episodes over the limit; the worst twenty hold it: 30 / 20
     assert cells[6:9] == ["10.0 ± 0.0", "2.5 ± 0.0 %", "1.5 ± 0.0"]
     assert cells[9:] == ["500.0 ± 0.0"] * 2
-    assert any("of 10 (95 %)" in line for line in text) and any("of 9 (90 %)" in line for line in text)
+    assert any("| steps to a safe return of 9 | steps to a safe return of 10 |" in line for line in text)
     assert "| SafetyBallCircle-v0 | BC-Safe (2) | 50.5 ± 6.4 | 1.0 ± 0.0 | 60.5 ± 6.4 | 2.0 ± 0.0 |" in text
     assert any("5 episodes within the limit, quartiles | 7.0, 8.0, 9.0 | 6.5 on average" in x for x in text)
     assert "| SafetyCarRun-v0 | 1234 | 50.0 | 1.0 | 4000 | 70.0 | 3.0 | 80.0 | 4.0 | 10.0 | 1.5 |" in text
