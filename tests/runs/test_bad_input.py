@@ -212,7 +212,7 @@ KINDS = {
         **{f"{name}={value}": (option(**{name: value}),
                                f"--{name.replace('_', '-')} {value}: must be between")
            for name, value in [
-            ("cost_limit", -1.0), ("cost_limit", NAN), ("cost_limit", INF), ("cost_margin", 1.5),
+            ("cost_limit", -1.0), ("cost_limit", NAN), ("cost_limit", INF), ("cost_margin", 2.5),
             ("gamma", 1.0), ("gamma", NAN), ("reward_scale", 0.0), ("batch_size", 0), ("critic_lr", 1.1),
             ("actor_lr", INF), ("vpa_steps", -1), ("vpa_tau", 1.5), ("vpa_alpha", -0.01),
             ("total_timesteps", -1), ("utd", -0.25), ("rollout_episodes", 0), ("learning_starts", -1),

@@ -33,7 +33,7 @@ NEVER = 10**6  # as checkpoint_every: only the end, or a signal, saves
 def settings(tmp_path_factory):
     """Script and options of every kind of run, and the folder of the offline run that they start from."""
     folder = tmp_path_factory.mktemp("start")
-    return {**kinds(folder), "offline": folder / "offline"}
+    return {**kinds(folder), "start": folder / "offline"}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_killed_run_goes_on_to_the_same_end(tmp_path, settings, untouched, kind,
         return assert_same_end(folder, reference)
     if share < 0.5:
         return assert_resumes_to_the_same_end(script, folder, reference)
-    with hidden(settings["offline"] / "checkpoint.pt"):  # it does not begin again
+    with hidden(settings["start"] / "checkpoint.pt"):  # it does not begin again
         assert_resumes_to_the_same_end(script, folder, reference)
 
 

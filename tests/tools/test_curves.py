@@ -198,11 +198,11 @@ def interrupt(monkeypatch, run_dir, ball_file, offline_runs, blocks):
     """A finetuning of 1000 steps that ends with an error before block number `blocks` + 1."""
     update, seen = marvel_sac_pid.PIDLagrangian.update, []
 
-    def stop(self, cost):
-        seen.append(cost)
+    def stop(self, *costs, **options):
+        seen.append(costs)
         if len(seen) > blocks:
             raise Interruption
-        return update(self, cost)
+        return update(self, *costs, **options)
 
     monkeypatch.setattr(marvel_sac_pid.PIDLagrangian, "update", stop)
     with pytest.raises(Interruption):
