@@ -153,7 +153,7 @@ def test_row_that_was_half_written_is_cut_off(tmp_path, settings, untouched):
 
 def test_resumed_run_may_be_moved_and_keeps_its_options(tmp_path, settings, untouched):
     script, options = settings["offline"]
-    assert run(script, tmp_path / "run", at=("gradient step", 70), do=kill, **options)[0] == -signal.SIGKILL
+    assert run(script, tmp_path / "run", at=("gradient step", 46), do=kill, **options)[0] == -signal.SIGKILL
     config = (tmp_path / "run/config.json").read_bytes()
     (tmp_path / "run").rename(tmp_path / "elsewhere")
     assert_resumes_to_the_same_end(script, tmp_path / "elsewhere", untouched("offline")[0])
@@ -180,7 +180,7 @@ def curves(folder):
     ("marvel", {}, ("environment step", 150), None),
     ("marvel", {"vpa_steps": 250, "checkpoint_every": 90}, ("gradient step", 240), None),
     ("offline", {}, ("row", 3), None),
-    ("offline", {}, ("gradient step", 3 * 16), ("gradient step", 2))])  # stopped before it logs anything
+    ("offline", {}, ("gradient step", 2 * 16), ("gradient step", 2))])  # stopped before it logs anything
 def test_tensorboard_shows_every_number_once(tmp_path, settings, kind, options, killed, stopped):
     script, small = settings[kind]
     assert run(script, tmp_path / "untouched", **{**small, **options})[0] == 0
@@ -239,7 +239,7 @@ def test_number_of_steps_that_is_typed_counts_though_it_is_the_default(tmp_path,
 
 # --- Signals ---
 @pytest.mark.parametrize(("number", "kind", "at", "where"), [
-    (signal.SIGINT, "offline", ("gradient step", 3 * 12), "update_steps 12"),
+    (signal.SIGINT, "offline", ("gradient step", 2 * 12), "update_steps 12"),
     (signal.SIGTERM, "marvel", ("gradient step", 9), "vpa_steps 9, env_steps 0"),
     # 40 steps are of the evaluation before; then it is within the first or the second episode
     (signal.SIGTERM, "marvel", ("environment step", 40 + 5), "vpa_steps 20, env_steps 20"),
@@ -259,10 +259,10 @@ def test_signal_saves_at_the_end_of_the_block_and_says_how_to_resume(
 def test_run_that_is_stopped_before_it_logs_anything_can_be_resumed_again(tmp_path, settings, untouched):
     script, options = settings["offline"]
     # a checkpoint at step 7, the row of step 10, and the end before step 14: resuming cuts the row off
-    assert run(script, tmp_path / "run", at=("gradient step", 3 * 12), do=kill, **options)[0] == -9
+    assert run(script, tmp_path / "run", at=("gradient step", 2 * 12), do=kill, **options)[0] == -9
     first, metrics = saved(tmp_path / "run"), tmp_path / "run/metrics.csv"
     assert first["progress"] == {"update_steps": 7} and first["metrics_bytes"] < metrics.stat().st_size
-    status, _ = resume(script, tmp_path / "run", at=("gradient step", 3), do=send(signal.SIGTERM))
+    status, _ = resume(script, tmp_path / "run", at=("gradient step", 2), do=send(signal.SIGTERM))
     assert status == 128 + signal.SIGTERM
     again = saved(tmp_path / "run")
     assert again["progress"] == {"update_steps": 8} and again["metrics_bytes"] == metrics.stat().st_size

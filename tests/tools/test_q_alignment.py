@@ -318,6 +318,9 @@ def test_table_of_known_values():
 
 @pytest.mark.pins
 def test_committed_table_is_what_the_committed_files_give():
+    """There are none between a change of the defaults and the next measurement: then there is no table."""
     results = q_alignment.read_results()
-    assert results
-    assert (q_alignment.RESULTS / "q_alignment.md").read_text() == q_alignment.table(results)
+    table = q_alignment.RESULTS / "q_alignment.md"
+    assert table.exists() == bool(results)
+    if results:
+        assert table.read_text() == q_alignment.table(results)
