@@ -329,10 +329,10 @@ def test_scripts_are_good_guests_too(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.optim.Adam, "step", lambda *x, steps=steps: (
             next(steps) == 50 and os.kill(os.getpid(), signal.SIGINT), step(*x)))
         with pytest.raises(SystemExit) as stopped:
-            script.main(script.Args(**options, run_dir=str(tmp_path / kind)))
+            script.main(script.Args(**options, run_dir=str(tmp_path / f"run of {kind}")))
         assert stopped.value.code == 130 and handlers() == before
-        script.main(script.Args(resume=str(tmp_path / kind)))
-        assert saved(tmp_path / kind)["finished"] and handlers() == before
+        script.main(script.Args(resume=str(tmp_path / f"run of {kind}")))
+        assert saved(tmp_path / f"run of {kind}")["finished"] and handlers() == before
 
 
 def test_run_outside_the_main_thread_works_without_signal_handlers(tmp_path, mini):
