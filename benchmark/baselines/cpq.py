@@ -91,6 +91,7 @@ class Args:
 
 LOG_STD_MIN, LOG_STD_MAX = -5, 2
 MAX_ACTION = 0.995  # the data's actions are cut to it where their tanh is undone, or it would be infinite
+AT_THRESHOLD = 0.02  # of the threshold: a value of Qc that is no farther from it counts as at it
 LOG_EVERY = 250  # gradient steps between lines of metrics.csv
 
 # metrics.csv, one line per LOG_EVERY gradient steps; a new number needs its name here
@@ -320,7 +321,7 @@ def actor_loss(batch, actor, q, qc, qc_threshold, bc_weight):
     with torch.no_grad():
         act_qc = cost_value(qc, obs, act)
         safe = (act_qc <= qc_threshold).float()
-        at_threshold = (act_qc - qc_threshold).abs() <= 0.02 * qc_threshold
+        at_threshold = (act_qc - qc_threshold).abs() <= AT_THRESHOLD * qc_threshold
         data_safe = cost_value(qc, obs, data_act) <= qc_threshold
         data_value = reward_value(q, obs, data_act)
         better = data_safe & (data_value >= value)

@@ -2,7 +2,7 @@
 # It averages smoothed costs, from a first 0, and its factor is not bounded below: one safe block throws the
 # gains to a tenth, the integral never shrinks, and the multiplier does not come down (benchmark/methods.md).
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import marvel_sac_pid  # noqa: E402
 
-RELEASED_GAIN = 5e-6  # all three, per unit of episode cost and update
 MEAN_OFFSET = 0.1  # the official code's, against a division by 0
 MIN_SHARE = 0.1  # of its first value, to which a gain may fall
 CONTROLLER = marvel_sac_pid.PIDLagrangian
+
+
+@dataclass
+class Args(marvel_sac_pid.Args):
+    kp: float = 5e-6
+    """proportional gain per unit of episode cost"""
+    ki: float = 5e-6
+    """integral gain per unit of episode cost and multiplier update"""
+    kd: float = 5e-6
+    """derivative gain per unit of episode cost"""
 
 
 class ReleasedPIDLagrangian(CONTROLLER):
@@ -48,12 +57,8 @@ class ReleasedPIDLagrangian(CONTROLLER):
             self.gains[k] = min(gain, self.max_growth * first_gain)
 
 
-def main(args: marvel_sac_pid.Args) -> None:
-    """Run Marvel with this controller for its own; gains that are not given are the official ones."""
-    if args.resume is None:
-        defaults = marvel_sac_pid.Args()
-        args = replace(args, **{name: RELEASED_GAIN for name in ("kp", "ki", "kd")
-                                if getattr(args, name) == getattr(defaults, name)})
+def main(args: Args) -> None:
+    """Run Marvel with this controller in the place of its own."""
     if args.run_dir is None and args.resume is None:
         args = replace(args, run_dir=common.default_run_dir(args, "marvel_released_pid"))
     marvel_sac_pid.PIDLagrangian = ReleasedPIDLagrangian
@@ -65,4 +70,4 @@ def main(args: marvel_sac_pid.Args) -> None:
 
 if __name__ == "__main__":
     with common.patient_streams():
-        main(tyro.cli(marvel_sac_pid.Args))
+        main(tyro.cli(Args))

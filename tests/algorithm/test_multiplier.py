@@ -7,6 +7,7 @@ import pytest
 from tiny import new_run
 
 import marvel_sac_pid
+from benchmark.baselines import marvel_released_pid
 from benchmark.baselines.marvel_released_pid import ReleasedPIDLagrangian
 from marvel_sac_pid import PIDLagrangian
 
@@ -28,6 +29,10 @@ def multipliers(controller, costs):
 
 def gains(controller):
     return [controller.metrics()[name] for name in ("kp", "ki", "kd")]
+
+
+def gains_of(args):
+    return [args.kp, args.ki, args.kd]
 
 
 def smoothed(values):
@@ -245,6 +250,11 @@ def test_released_adaptation_hardly_unwinds():
     assert gains(controller)[1] == pytest.approx(5e-5)  # at most ten times its first value
     assert multipliers(controller, [5.0] * 1000)[-1] == pytest.approx(1.821, abs=1e-3)
     assert gains(controller)[1] == pytest.approx(5e-7)
+
+
+def test_gains_of_the_released_script_are_the_official_ones_unless_given():
+    assert gains_of(marvel_released_pid.Args()) == [5e-6, 5e-6, 5e-6]
+    assert gains_of(marvel_released_pid.Args(ki=0.15)) == [5e-6, 0.15, 5e-6]
 
 
 def test_script_of_the_released_law_runs_marvel_with_it_and_leaves_marvel_as_it_was():

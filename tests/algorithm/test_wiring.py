@@ -16,6 +16,7 @@ from tiny import (
     ONLINE,
     SOURCE,
     VPA,
+    Ledger,
     dataset,
     evaluation_of,
     new_run,
@@ -55,10 +56,10 @@ def vpa_steps(kind):
     return VPA["vpa_steps"] if kind in ("marvel", "rollouts") else 0
 
 
-def blocks(kind):
-    """(steps before, steps after, critic updates) of every block of one episode in the run of a kind."""
-    result = run(kind)
-    calls, before = of(result, "critic_loss")[vpa_steps(kind):], 0
+def blocks(kind, result=None, function="critic_loss"):
+    """(steps before, steps after, calls of a function of critic updates) of every block of one episode."""
+    result = result or run(kind)
+    calls, before = of(result, function)[vpa_steps(kind):], 0
     waits = {"rollouts": VPA_ROLLOUTS + 1, "scratch": 15, "jsrl": 15}.get(kind, 0)
     for after in result.metrics["env_steps"].astype(int):
         n = (after - before) * CRITIC_UPDATES.get(kind, 1) if after >= waits else 0
@@ -159,6 +160,18 @@ def test_target_networks_go_the_share_tau_of_the_way_after_every_step(kind):
             before = checkpoint[name]
 
 
+@kinds("offline", "cpq")
+def test_policy_is_the_mean_of_the_first_trained_actors_and_then_a_moving_average(kind):
+    """Step 0.4: the mean of one and of two actors, then 0.6 of what it was and 0.4 of the trained one."""
+    checkpoints = [run(kind, actor_tau=0.4, update_steps=n).checkpoint for n in (1, 2, 3)]
+    for key in checkpoints[0]["actor"]:
+        one, two, three = (checkpoint["trained_actor"][key] for checkpoint in checkpoints)
+        expected = [one, (one + two) / 2, 0.6 * (one + two) / 2 + 0.4 * three]
+        for checkpoint, value in zip(checkpoints, expected, strict=True):
+            torch.testing.assert_close(checkpoint["actor"][key], value)
+        assert not torch.equal(two, three)
+
+
 # --- What a gradient step is made of ---
 @kinds("offline", "cpq", "bear_lag", *ONLINE_KINDS)
 def test_critics_step_has_its_own_targets_of_one_batch(kind):
@@ -169,6 +182,33 @@ def test_critics_step_has_its_own_targets_of_one_batch(kind):
         assert torch.equal(critics.qc_target_value, targets.result[1])
         assert targets.q_target is not critics.q and targets.qc_target is not critics.qc
         assert targets.gamma == BOTH["gamma"]
+
+
+@kinds("offline", "cpq", "bear_lag", *ONLINE_KINDS)
+def test_bound_of_qc_is_of_the_largest_cost_so_far(kind, monkeypatch):
+    """The dataset's costs are 0 and 1; those of the k-th step online are 0 and k."""
+    step = Ledger.step
+
+    def dearer(self, action):
+        obs, reward, terminated, truncated, info = step(self, action)
+        return obs, reward, terminated, truncated, {"cost": info["cost"] * len(self.steps)}
+
+    options = options_of(kind)  # before the costs rise: it runs what the kind starts from
+    monkeypatch.setattr(Ledger, "step", dearer)
+    result = new_run(kind, **options)
+    if kind in ("offline", "cpq", "bear_lag"):
+        assert {call.largest_cost for call in of(result, "_targets")} == {1.0}
+        return
+    costs = result.checkpoint["buffer"]["costs"]
+    at_first = {"rollouts": float(costs[:VPA_ROLLOUTS].max()), "scratch": 0.0, "jsrl": 0.0}.get(kind, 1.0)
+    for call in of(result, "_targets")[:vpa_steps(kind)]:
+        assert call.largest_cost == at_first
+    seen = set()
+    for _, after, calls in blocks(kind, result, "_targets"):
+        largest = max(at_first, float(costs[:after].max()))
+        assert [call.largest_cost for call in calls] == [largest] * len(calls)
+        seen.add(largest)
+    assert len(seen) > 2
 
 
 @kinds("offline", "cpq", "bear_lag", *ONLINE_KINDS)
