@@ -84,6 +84,8 @@ METHODS = {
     "utd-0.125": (MARVEL, "offline", "--utd 0.125"),
     "utd-0.25": (MARVEL, "offline", "--utd 0.25"),
     "utd-1": (MARVEL, "offline", "--utd 1"),
+    # a faster target network
+    "tau-0.02": (MARVEL, "offline", "--tau 0.02"),
 }
 
 
