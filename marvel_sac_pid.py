@@ -151,10 +151,12 @@ class Actor(nn.Module):
         """A reparameterised sample (batch, act_dim) and its log-density (batch,); SAC, appendix C, eq. 21."""
         mean, log_std = self.gaussian(obs)
         noise = torch.randn_like(mean)
+        # exercise 1: log-density of the squashed Gaussian
         u = mean + log_std.exp() * noise
         log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
         log_det_tanh = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2) without cancellation
         return u.tanh(), (log_normal - log_det_tanh).sum(-1)
+        # end of exercise 1
 
     def numpy_policy(self):
         """The policy as a numpy function of one observation: act(obs) is the mean, act(obs, rng) a sample.
@@ -324,6 +326,7 @@ class PIDLagrangian:
         mean_cost = sum(episode_costs) / len(episode_costs)
         self.episode_costs.extend(episode_costs)
         self.target_cost = max(0.0, self.cost_limit - self.margin * self.spread())
+        # exercise 4: PID with unwinding
         error = (mean_cost - self.target_cost) / self.cost_unit
         # the integral is kept within the multiplier's range, or it would go on winding up unseen
         largest = self.lagrange_max / self.unit
@@ -333,6 +336,7 @@ class PIDLagrangian:
         cost_rise = max(0.0, self.cost_ema - self.cost_emas[0])
         multiplier = kp * self.error_ema + self.integral + kd * cost_rise
         self.multiplier = self.unit * min(max(0.0, multiplier), largest)
+        # end of exercise 4
         self.cost_emas.append(self.cost_ema)
         self.costs.append(mean_cost)
         if self.adapt_rate > 0:
@@ -355,6 +359,7 @@ class PIDLagrangian:
         rate = self.adapt_rate
         mean = float(np.mean(self.costs))
         std = float(np.std(self.costs))
+        # exercise 4: PID with unwinding
         if mean > target:
             factor = 1 + rate * (mean - target) / mean
             factors = [factor, factor, 1 + rate * min(1.0, std / mean)]
@@ -365,6 +370,7 @@ class PIDLagrangian:
         for k, first_gain in enumerate(self.first_gains):
             gain = max(factors[k] * self.gains[k], first_gain)
             self.gains[k] = min(gain, self.max_growth * first_gain)
+        # end of exercise 4
 
     def metrics(self) -> dict:
         """Its numbers for the log."""
@@ -382,6 +388,7 @@ class PIDLagrangian:
             setattr(self, name, deque(value, mine.maxlen) if isinstance(mine, deque) else value)
 
 
+# exercise 2: critic targets
 @torch.no_grad()
 def soft_targets(batch, actor, q_target, qc_target, gamma, alpha, alpha_cost, largest_cost):
     """One-step targets (batch,) of Q and Qc for `actor`, with per-sample entropy terms.
@@ -395,6 +402,7 @@ def soft_targets(batch, actor, q_target, qc_target, gamma, alpha, alpha_cost, la
     next_qc = next_qc.clamp(0, largest_cost / (1 - gamma)) - alpha_cost * log_prob
     discount = gamma * (1 - batch["terminals"])
     return batch["rewards"] + discount * next_q, batch["costs"] + discount * next_qc
+    # end of exercise 2
 
 
 def critic_loss(batch, q, qc, q_target_value, qc_target_value):
@@ -409,9 +417,11 @@ def critic_loss(batch, q, qc, q_target_value, qc_target_value):
 
 def actor_loss(obs, actor, q, qc, alpha, lagrange_multiplier):
     """(alpha log pi - Q + lambda Qc) / (1 + lambda), Stooke et al.'s scaling, and log pi (batch,)."""
+    # exercise 5: Lagrangian of the actor
     act, log_prob = actor(obs)
     lagrangian = reward_value(q, obs, act) - lagrange_multiplier * cost_value(qc, obs, act)
     return (alpha * log_prob - lagrangian).mean() / (1 + lagrange_multiplier), log_prob.detach()
+    # end of exercise 5
 
 
 def follow(target, network, tau):
@@ -428,12 +438,14 @@ def aligned_multipliers(obs, actor, q, qc):
     minimises E[|grad Q - lambda grad Qc|^2] is E[grad Q . grad Qc] / E[|grad Qc|^2]. The ratio of norms
     sqrt(E[|grad Q|^2] / E[|grad Qc|^2]) is never smaller (Cauchy-Schwarz), so safer. Scaled reward per cost.
     """
+    # exercise 6: aligned multipliers
     act = actor(obs)[0].detach().requires_grad_()
     (grad_q,) = torch.autograd.grad(reward_value(q, obs, act).sum(), act)
     (grad_qc,) = torch.autograd.grad(cost_value(qc, obs, act).sum(), act)
     least_squares = (grad_q * grad_qc).sum() / (grad_qc**2).sum().clamp_min(1e-12)
     norm_ratio = grad_q.norm() / grad_qc.norm().clamp_min(1e-6)
     return max(0.0, least_squares.item()), norm_ratio.item()
+    # end of exercise 6
 
 
 @common.closes_its_run
@@ -552,6 +564,7 @@ def main(args: Args) -> None:
             offline_data = buffer
         progress["largest_cost"] = float(offline_data.storage["costs"].max())
         for step in tqdm(range(progress["vpa_steps"], args.vpa_steps), "VPA", mininterval=1):
+            # exercise 3: value pre-alignment
             batch = offline_data.sample(args.batch_size)
             targets = soft_targets(batch, actor, q_target, qc_target, args.gamma, args.vpa_alpha,
                                    args.vpa_alpha_cost, progress["largest_cost"])
@@ -561,6 +574,7 @@ def main(args: Args) -> None:
             critic_optimizer.step()
             follow(q_target, q, args.vpa_tau)
             follow(qc_target, qc, args.vpa_tau)
+            # end of exercise 3
             progress["vpa_steps"] += 1
             run.after_update(step - args.vpa_steps, metrics, "vpa", every=100)  # TensorBoard: before step 0
 

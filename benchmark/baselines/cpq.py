@@ -122,10 +122,12 @@ class Actor(nn.Module):
         """A reparameterised sample (batch, act_dim) and its log-density (batch,); SAC, appendix C, eq. 21."""
         mean, log_std = self.gaussian(obs)
         noise = torch.randn_like(mean)
+        # exercise 1: log-density of the squashed Gaussian
         u = mean + log_std.exp() * noise
         log_normal = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
         log_det_tanh = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2) without cancellation
         return u.tanh(), (log_normal - log_det_tanh).sum(-1)
+        # end of exercise 1
 
     def numpy_policy(self):
         """The policy as a numpy function of one observation: act(obs) is the mean, act(obs, rng) a sample.
@@ -258,6 +260,7 @@ class ReplayBuffer:
         self.storage = {name: values.to(self.storage[name]) for name, values in transitions.items()}
 
 
+# exercise 2: critic targets
 @torch.no_grad()
 def cpq_targets(batch, actor, q_target, qc_target, gamma, qc_threshold, largest_cost):
     """One-step targets (batch,) of Q and Qc; Q's bootstrap is masked where the next action is unsafe (eq. 8).
@@ -271,6 +274,7 @@ def cpq_targets(batch, actor, q_target, qc_target, gamma, qc_threshold, largest_
     next_q = next_q * (next_qc <= qc_threshold)
     discount = gamma * (1 - batch["terminals"])
     return batch["rewards"] + discount * next_q, batch["costs"] + discount * next_qc
+    # end of exercise 2
 
 
 def critic_loss(batch, q, qc, q_target_value, qc_target_value):
@@ -289,6 +293,7 @@ def ood_shortfall(obs, actor, vae, qc, n, kl_threshold, qc_threshold):
     CPQ asks for E[Qc] >= threshold there (eq. 7). Ours asks it of every single action, so that nothing is
     gained by raising Qc above the threshold: under the expectation it inflates. The gradient goes through Qc.
     """
+    # exercise 7: CPQ's penalty
     obs = obs.repeat(n, 1)
     with torch.no_grad():
         act, _ = actor(obs)
@@ -296,6 +301,7 @@ def ood_shortfall(obs, actor, vae, qc, n, kl_threshold, qc_threshold):
         ood = (kl > kl_threshold).float()
     shortfall = F.relu(qc_threshold - cost_value(qc, obs, act))
     return (ood * shortfall).sum() / ood.sum().clamp_min(1), ood.mean()
+    # end of exercise 7
 
 
 def log_likelihood(obs, act, actor):
