@@ -292,13 +292,26 @@ class SafeEnv(gym.Wrapper):
         return bool(number)
 
 
+@contextmanager
+def named_streams() -> Iterator[None]:
+    """bullet_safety_gym looks for C streams called like sys.stdout and stderr; a notebook's are not."""
+    before = sys.stdout, sys.stderr
+    if getattr(sys.stdout, "name", "") != "<stdout>" or getattr(sys.stderr, "name", "") != "<stderr>":
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
 def make_env(env_id: str) -> tuple[SafeEnv, Task]:
     """The simulator and its description. Stops with one line if the task is unknown or does not fit.
 
     Actions are rescaled to [-1, 1]. The first reset is thrown away, as bullet's Car and Drone differ in it.
     """
-    import bullet_safety_gym  # noqa: F401  (registers the tasks)
-    from dsrl import infos  # also registers safety-gymnasium's tasks
+    with named_streams():
+        import bullet_safety_gym  # noqa: F401  (registers the tasks)
+        from dsrl import infos  # also registers safety-gymnasium's tasks
     env_id = usual_name(env_id)
     module, _, registered = env_id.rpartition(":")
     if not module and registered not in gym.registry:
@@ -310,7 +323,7 @@ def make_env(env_id: str) -> tuple[SafeEnv, Task]:
         if module:  # Gymnasium's "module:Name-v0": the module, here or on PYTHONPATH, registers the task
             sys.path.append(os.getcwd())
             importlib.import_module(module)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), named_streams():
             warnings.simplefilter("ignore")
             spec = gym.spec(registered)
             # the time limit is set below; after an automatic reset the last step's cost would be elsewhere

@@ -1,5 +1,9 @@
 """Every family of tasks steps, repeats with its seed, ends where it should, and can be trained on."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import dsrl
 import gymnasium as gym
 import numpy as np
@@ -8,6 +12,8 @@ import pytest
 import common
 from benchmark.tools.curves import read_metrics
 from marvel_sac_pid import Args, main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Task: dimensions of observation and action, time limit, and how an episode of uniform actions ends: by time,
 # by an earlier end of the task, or (slow simulators) it is not played to its end.
@@ -91,6 +97,14 @@ def test_every_task_of_dsrl_is_there_by_both_of_its_ids():
         for env_id in ids[:1 if bullet else 2]:
             assert gym.registry[env_id].max_episode_steps == dsrl.infos.DEFAULT_MAX_EPISODE_STEPS[name]
     assert len(names) == 29
+
+
+def test_bullet_tasks_run_where_the_streams_are_not_the_c_librarys_as_in_a_notebook():
+    code = ("import io, sys\nclass Stream(io.StringIO):\n    name = 'stdout'\nsys.stdout = sys.stderr = Stream()\n"
+            "import common\nenv, _ = common.make_env('SafetyBallCircle-v0')\nenv.reset(seed=0)\n"
+            "assert isinstance(sys.stdout, Stream)")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(("given", "usual"), [

@@ -1,17 +1,9 @@
 """Points, plain messages, and results.json in the form that Gradescope reads."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-# bullet_safety_gym looks for a C stream called like sys.stderr, and under pytest none has its name
-captured, sys.stderr = sys.stderr, sys.__stderr__
-try:
-    from bullet_safety_gym.envs import builder  # noqa: F401
-finally:
-    sys.stderr = captured
 
 RESULTS = []
 
