@@ -2,24 +2,29 @@
 
   python benchmark/evidence/evidence.py                     # the whole grid, as settings.csv has it
   python benchmark/evidence/evidence.py --methods marvel --tasks SafetyBallRun-v0 --seeds 0 1
+  python benchmark/evidence/evidence.py --dry-run           # the command of every run, and nothing else
+  python benchmark/evidence/evidence.py --ray auto          # on a Ray cluster; benchmark/evidence/cluster.md
 
 settings.csv, beside this file, is the one table of per-task settings: how many seeds and which methods of the
 task are in the evidence, and the options that the task needs beyond the scripts' defaults, to collect its
 dataset, to train offline, online and from scratch.
 
 A run counts as finished when results/<task>/<method>/seed<k>.csv exists: its metrics.csv, copied after it
-ended well. So an interrupted grid continues where it stopped; remove a file to run it again. The files that
-are shipped have five seeds for some methods of a task and fewer, or none, for others: without options this
-runs what is missing of every method, up to the seeds that settings.csv gives the task. A dataset that is
-missing is collected first, offline policies are trained before what starts from them. report.py turns the
-files into tables and pictures.
+ended well; seed<k>.json beside it has what it took. So an interrupted grid continues where it stopped, and an
+interrupted run goes on from its last checkpoint, if neither its command nor the code has changed since.
+Remove a file to run it again. Without options this runs what is missing of every method, up to the seeds that
+settings.csv gives the task. A dataset that is missing is collected first, offline policies are trained before
+what starts from them. report.py turns the files into tables and pictures.
 """
 import csv
+import hashlib
+import json
 import os
-import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +94,14 @@ METHODS = {
 }
 
 
+LAST_MULTIPLIER = "<the multiplier that the start ended with>"  # known only when its run has ended
+# a process that ends with the one that started it: a worker that is killed leaves no run at work
+FOLLOWER = ("import ctypes, os, signal, sys\n"
+            "ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"  # PR_SET_PDEATHSIG
+            "os.getppid() == int(sys.argv[1]) or sys.exit(1)\n"
+            "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])")
+
+
 @dataclass
 class Args:
     tasks: tuple[str, ...] = tuple(SETTINGS)
@@ -98,49 +111,31 @@ class Args:
     seeds: tuple[int, ...] = ()
     """seeds of every method and of its offline policy; default as many as settings.csv gives the task"""
     jobs: int = 2
-    """runs at the same time, one core each"""
+    """runs at the same time, one core each; with --ray local the size of that cluster"""
+    ray: str | None = None
+    """run on Ray: local (a cluster here, for this grid), auto (the one that runs here), or host:port"""
+    dry_run: bool = False
+    """print the command of every run that is missing, in an order in which they could be run, and end"""
     work_dir: str = "runs/evidence"
-    """folder of the runs themselves"""
+    """folder of the runs themselves; with --ray one that all machines share"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One dataset to be collected or one run. All that a machine needs to know to do it."""
+
+    name: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...]  # names of the jobs that must have ended well before
+    product: Path  # what others start from: the dataset or the checkpoint
+    folder: Path  # of its log, and of a run
+    result: Path  # what the grid keeps: metrics.csv, or for a dataset what is in it
+    start: Path | None = None  # folder of the run that it starts from
 
 
 def result_file(task: str, method: str, seed: int) -> Path:
     """The file whose existence says that a run is finished."""
     return RESULTS / task / method / f"seed{seed}.csv"
-
-
-def call(command: list[str], log_file: Path) -> bool:
-    """Run one of the project's scripts on one core; False if it failed."""
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    one_core = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    with open(log_file, "w") as log:
-        status = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                                env=one_core).returncode
-    if status:
-        print(f"FAILED {' '.join(command[:3])}: see {log_file}", flush=True)
-    return status == 0
-
-
-def collect(task: str, work: Path) -> bool:
-    """Make the task's dataset unless it is there, and put down what is in it; False if it failed."""
-    file, options = DATASETS / f"{task}.hdf5", SETTINGS[task]["collect"].split()
-    if not file.exists() and not call(
-            ["benchmark/tools/collect_dataset.py", "--env-id", task, *options, "--jobs", "1",
-             "--work-dir", str(work / "collect")], work / task / "collect.txt"):
-        return False
-    with h5py.File(file) as f:
-        data = {key: f[key][()] for key in ("rewards", "costs", "terminals", "timeouts")}
-    _, returns, costs = common.episode_sums(data)
-    safe = returns[costs <= 20]
-    quartiles = np.quantile(safe, [0.25, 0.5, 0.75]) if len(safe) else [float("nan")] * 3
-    facts = dict(
-        transitions=len(data["rewards"]), episodes=len(returns), return_min=returns.min(),
-        return_max=returns.max(), cost_min=costs.min(), cost_max=costs.max(), safe_episodes=len(safe),
-        safe_mean_cost=costs[costs <= 20].mean() if len(safe) else float("nan"),
-        safe_q25=quartiles[0], safe_q50=quartiles[1], safe_q75=quartiles[2])
-    (RESULTS / task).mkdir(parents=True, exist_ok=True)
-    (RESULTS / task / "dataset.csv").write_text(
-        ",".join(facts) + "\n" + ",".join(f"{value:.6g}" for value in facts.values()) + "\n")
-    return True
 
 
 def finished(checkpoint: Path) -> bool:
@@ -151,54 +146,208 @@ def finished(checkpoint: Path) -> bool:
         return False
 
 
-def run(task: str, method: str, seed: int, work: Path) -> bool:
-    """One run; False if it failed."""
+# --- What is to be done ---
+def dataset_job(task: str, work: Path) -> Job:
+    """The task's dataset: collected unless it is there."""
+    options = SETTINGS[task]["collect"].split()
+    command = ("benchmark/tools/collect_dataset.py", "--env-id", task, *options, "--jobs", "1",
+               "--work-dir", str(work / "collect"))
+    return Job(f"{task} dataset", command, (), DATASETS / f"{task}.hdf5", work / task / "dataset",
+               RESULTS / task / "dataset.csv")
+
+
+def run_job(task: str, method: str, seed: int, work: Path) -> Job:
+    """One run of a method."""
     script, start, options = METHODS[method]
-    run_dir = work / task / method / f"seed{seed}"
+    folder = work / task / method / f"seed{seed}"
     phase = "offline" if script in OFFLINE_SCRIPTS else "online" if start else "scratch"
-    command = [script, "--env-id", task, "--seed", str(seed), "--run-dir", str(run_dir), "--overwrite"]
+    command = [script, "--env-id", task, "--seed", str(seed), "--run-dir", str(folder)]
+    needs = [f"{task} dataset"]
+    start_folder = None
     if start:
-        command += ["--checkpoint", str(work / task / start / f"seed{seed}" / "checkpoint.pt")]
-    if start and not finished(work / task / start / f"seed{seed}" / "checkpoint.pt"):
-        print(f"FAILED {task} {method} seed {seed}: no {start} policy to start from", flush=True)
-        return False
+        start_folder = work / task / start / f"seed{seed}"
+        command += ["--checkpoint", str(start_folder / "checkpoint.pt")]
+        needs.append(f"{task} {start} seed {seed}")
     if method == "dual-from-bear-lag":
-        with open(work / task / start / f"seed{seed}" / "metrics.csv") as file:
-            command += ["--lagrange-init", list(csv.DictReader(file))[-1]["lagrange_multiplier"]]
-    if not call(command + SETTINGS[task][phase].split() + options.split(), run_dir / "log.txt"):
-        return False
-    result = result_file(task, method, seed)
-    result.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(run_dir / "metrics.csv", result.with_suffix(".part"))
-    result.with_suffix(".part").replace(result)
-    print(f"finished {task} {method} seed {seed}", flush=True)
-    return True
+        command += ["--lagrange-init", LAST_MULTIPLIER]
+    command += SETTINGS[task][phase].split() + options.split()
+    return Job(f"{task} {method} seed {seed}", tuple(command), tuple(needs), folder / "checkpoint.pt", folder,
+               result_file(task, method, seed), start_folder)
+
+
+def plan(args: Args, work: Path) -> list[Job]:
+    """The jobs that are missing, every one after those that it needs."""
+    wanted = [(task, method, seed) for task in args.tasks
+              for seed in args.seeds or range(int(SETTINGS[task]["seeds"]))
+              for method in args.methods or SETTINGS[task]["methods"].split()]
+    wanted = [key for key in wanted if not result_file(*key).exists()]
+    starts = [(task, METHODS[method][1], seed) for task, method, seed in wanted if METHODS[method][1]]
+    # a policy to start from is trained again if its checkpoint is gone
+    starts = [key for key in starts
+              if not finished(run_job(*key, work).product) or not result_file(*key).exists()]
+    offline = [key for key in wanted if METHODS[key[1]][0] in OFFLINE_SCRIPTS]
+    keys = dict.fromkeys([*starts, *offline, *wanted])
+    jobs = [dataset_job(task, work) for task in dict.fromkeys(task for task, _, _ in keys)]
+    return jobs + [run_job(*key, work) for key in keys]
+
+
+# --- One job, on whichever machine ---
+def call(command: list[str], log_file: Path) -> tuple[int, float, float]:
+    """Run one of the project's scripts on one core: its status, and its wall and CPU seconds."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    began = time.monotonic()
+    with open(log_file, "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", FOLLOWER, str(os.getpid()), *command], cwd=ROOT, env=one_core,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, time.monotonic() - began, used.ru_utime + used.ru_stime
+
+
+def code_hash(script: str) -> str:
+    """sha256 of what a run runs: one of other code is not gone on with."""
+    files = script, MARVEL, "common.py"  # the released controller runs Marvel's script
+    return hashlib.sha256(b"".join((ROOT / file).read_bytes() for file in files)).hexdigest()
+
+
+def write(file: Path, text: str) -> None:
+    """The whole file or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    common.write_file(file, text.encode())
+
+
+def perform(job: Job, *failures: str | None) -> str | None:
+    """Do a job, given the outcomes of those that it needs. Its own: why it failed, or None."""
+    if any(failures):
+        return "what it needs failed"
+    command = list(job.command)
+    log = job.folder / "log.txt"
+    if job.product.suffix == ".hdf5":
+        if not job.product.exists():
+            status, _, _ = call(command, log)
+            if status:
+                return f"see {log}"
+        write(job.result, describe_dataset(job.product))
+        return None
+
+    if job.start is not None and not finished(job.start / "checkpoint.pt"):
+        return f"{job.start} has no finished policy to start from"
+    if LAST_MULTIPLIER in command:
+        rows = list(csv.DictReader((job.start / "metrics.csv").open()))
+        command[command.index(LAST_MULTIPLIER)] = rows[-1]["lagrange_multiplier"]
+    begun_as = {"command": command, "code": code_hash(command[0])}
+    note = job.folder / "begun.json"
+    goes_on = (note.exists() and json.loads(note.read_text()) == begun_as
+               and job.product.exists() and not finished(job.product))
+    write(note, json.dumps(begun_as, indent=1) + "\n")
+    options = ["--resume", str(job.folder)] if goes_on else [*command[1:], "--overwrite"]
+    status, seconds, cpu_seconds = call([command[0], *options], log)
+    if status:
+        return f"see {log}"
+    took = {"wall_seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "resumed": goes_on}
+    write(job.result.with_suffix(".json"), json.dumps(took) + "\n")
+    write(job.result, (job.folder / "metrics.csv").read_text())
+    return None
+
+
+def describe_dataset(file: Path) -> str:
+    """What is in a dataset, as a table of one line."""
+    with h5py.File(file) as f:
+        data = {key: f[key][()] for key in ("rewards", "costs", "terminals", "timeouts")}
+    _, returns, costs = common.episode_sums(data)
+    safe = returns[costs <= 20]
+    quartiles = np.quantile(safe, [0.25, 0.5, 0.75]) if len(safe) else [float("nan")] * 3
+    facts = dict(
+        transitions=len(data["rewards"]), episodes=len(returns), return_min=returns.min(),
+        return_max=returns.max(), cost_min=costs.min(), cost_max=costs.max(), safe_episodes=len(safe),
+        safe_mean_cost=costs[costs <= 20].mean() if len(safe) else float("nan"),
+        safe_q25=quartiles[0], safe_q50=quartiles[1], safe_q75=quartiles[2])
+    return ",".join(facts) + "\n" + ",".join(f"{value:.6g}" for value in facts.values()) + "\n"
+
+
+# --- All jobs, here or on Ray: both give (job, why it failed or None, how many are at work) as jobs end ---
+def on_threads(jobs: list[Job], workers: int) -> Iterator[tuple[Job, str | None, int]]:
+    """On this machine."""
+    names = {job.name for job in jobs}
+    waiting, running, done = list(jobs), {}, {}
+    with ThreadPoolExecutor(workers) as pool:
+        while waiting or running:
+            for job in list(waiting):
+                needs = [name for name in job.needs if name in names]
+                if done.keys() >= set(needs):
+                    waiting.remove(job)
+                    running[pool.submit(perform, job, *(done[name] for name in needs))] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                done[job.name] = outcome_of(future.result)
+                yield job, done[job.name], min(workers, len(waiting) + len(running))
+
+
+def on_ray(jobs: list[Job], workers: int, address: str) -> Iterator[tuple[Job, str | None, int]]:
+    """On a Ray cluster. Ray keeps the order of the jobs by their results, which are arguments of others."""
+    if address == "local":
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # before the import: loopback addresses only
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        import ray
+    except ImportError:
+        common.stop("--ray needs Ray: pip install -r benchmark/evidence/requirements-grid.txt")
+    options = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=False,
+                 **options)
+    except (ConnectionError, ValueError) as error:
+        common.stop(f"--ray {address}: no such cluster, or one that asks for a token, and then set "
+                    f"RAY_AUTH_MODE=token ({error!s:.150})")
+    try:
+        # a worker that dies is replaced, and its run goes on from its checkpoint; an exception ends a job
+        remote = ray.remote(num_cpus=1, max_retries=5)(perform)
+        results = {}
+        for job in jobs:
+            results[job.name] = remote.remote(job, *(results[name] for name in job.needs if name in results))
+        pending = {result: job for job, result in zip(jobs, results.values(), strict=True)}
+        while pending:
+            (result,), _ = ray.wait(list(pending), num_returns=1)
+            job = pending.pop(result)
+            at_work = min(len(pending), int(ray.cluster_resources().get("CPU", 0)))
+            yield job, outcome_of(lambda result=result: ray.get(result)), at_work
+    finally:
+        ray.shutdown()
+
+
+def outcome_of(result: Callable[[], str | None]) -> str | None:
+    """What `perform` gave; an exception is a failure too, and does not end the grid."""
+    try:
+        return result()
+    except Exception as error:
+        return f"{type(error).__name__}: {error!s:.500}"
 
 
 def main(args: Args) -> None:
     for name, given, known in ("methods", args.methods, METHODS), ("tasks", args.tasks, SETTINGS):
-        if set(given) - set(known):
-            print(f"error: --{name} {' '.join(set(given) - set(known))}: known are {' '.join(known)}",
-                  file=sys.stderr)
-            raise SystemExit(2)
-    if args.jobs < 1:
-        common.stop(f"--jobs {args.jobs}: at least 1")
-    work = Path(args.work_dir).resolve()
-    jobs = [(task, method, seed) for task in args.tasks
-            for seed in args.seeds or range(int(SETTINGS[task]["seeds"]))
-            for method in args.methods or SETTINGS[task]["methods"].split()]
-    jobs = [job for job in jobs if not result_file(*job).exists()]
-    # first the offline policies that these runs start from, unless their checkpoints are still there
-    starts = {(task, METHODS[method][1], seed): None for task, method, seed in jobs if METHODS[method][1]}
-    first = [job for job in [*starts, *(job for job in jobs if METHODS[job[1]][0] in OFFLINE_SCRIPTS)]
-             if not finished(work / job[0] / job[1] / f"seed{job[2]}" / "checkpoint.pt")
-             or not result_file(*job).exists()]
-    first = list(dict.fromkeys(first))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        done = [*pool.map(lambda task: collect(task, work), dict.fromkeys(job[0] for job in first + jobs))]
-        done += pool.map(lambda job: run(*job, work), first)
-        done += pool.map(lambda job: run(*job, work), [job for job in jobs if job not in first])
-    raise SystemExit(0 if all(done) else 1)
+        unknown = sorted(set(given) - set(known))
+        common.stop_unless(not unknown, f"--{name} {' '.join(unknown)}: known are {' '.join(known)}")
+    common.stop_unless(args.jobs >= 1, f"--jobs {args.jobs}: at least 1")
+    jobs = plan(args, Path(args.work_dir).resolve())
+    if args.dry_run:
+        for job in jobs:
+            if job.product.suffix != ".hdf5" or not job.product.exists():
+                print("python", *(repr(word) if " " in word else word for word in job.command))
+        return
+    began = time.monotonic()
+    ended = failed = 0
+    outcomes = on_ray(jobs, args.jobs, args.ray) if args.ray else on_threads(jobs, args.jobs)
+    for job, failure, at_work in outcomes:
+        ended += 1
+        failed += failure is not None
+        left = len(jobs) - ended
+        minutes = (time.monotonic() - began) / ended * left / 60
+        print(f"FAILED {job.name}: {failure}" if failure else f"finished {job.name}",
+              f"| {ended - failed} finished, {failed} failed, {at_work} running, {left - at_work} waiting, "
+              f"about {minutes:.0f} min to go", flush=True)
+    raise SystemExit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -233,7 +233,8 @@ def compare_run(task: str, seed: int, work: Path, n: int) -> bool:
             command += ["--dataset-path", offline["args"]["dataset_path"]]
         command += SETTINGS[task]["online"].split() if task in SETTINGS else []
         command += ["--total-timesteps", "0", "--eval-episodes", "1"]
-        if not call(command, end.parent / "log.txt"):
+        status, _, _ = call(command, end.parent / "log.txt")
+        if status:
             return False
     rows = compare(offline, common.load_checkpoint(end), seed, n)
     file = result_file(task, seed)

@@ -100,8 +100,9 @@ def test_every_task_of_dsrl_is_there_by_both_of_its_ids():
 
 
 def test_bullet_tasks_run_where_the_streams_are_not_the_c_librarys_as_in_a_notebook():
-    code = ("import io, sys\nclass Stream(io.StringIO):\n    name = 'stdout'\nsys.stdout = sys.stderr = Stream()\n"
-            "import common\nenv, _ = common.make_env('SafetyBallCircle-v0')\nenv.reset(seed=0)\n"
+    code = ("import io, sys\nclass Stream(io.StringIO):\n    name = 'stdout'\n"
+            "sys.stdout = sys.stderr = Stream()\nimport common\n"
+            "env, _ = common.make_env('SafetyBallCircle-v0')\nenv.reset(seed=0)\n"
             "assert isinstance(sys.stdout, Stream)")
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

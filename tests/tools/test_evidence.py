@@ -1,8 +1,12 @@
 """The grid runs what is not finished, offline policies first, and says when a run fails."""
 
+import contextlib
 import importlib
+import json
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +23,16 @@ from benchmark.tools import collect_dataset
 TASK = "SafetyBallRun-v0"
 
 
+def processes_with(text):
+    """Numbers of the processes with this in their command line, but for zombies."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if text.encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
     """run(*methods): the exit status and every run's (script, folder), in order.
@@ -28,23 +42,23 @@ def grid(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
     fail, interrupted = set(), set()
 
-    def fake(command, **ignored):
-        if "collect_dataset" in command[1]:
+    def fake(command, log_file):
+        if "collect_dataset" in command[0]:
             runs.append(("collect_dataset.py", command[command.index("--env-id") + 1]))
             shutil.copy(shipped / f"{TASK}.hdf5", evidence.DATASETS)
-            return SimpleNamespace(returncode=0)
-        folder = Path(command[command.index("--run-dir") + 1])
-        runs.append((Path(command[1]).name, folder.parent.name))
+            return 0, 1.0, 1.0
+        folder = Path(command[command.index("--resume" if "--resume" in command else "--run-dir") + 1])
+        runs.append((Path(command[0]).name, folder.parent.name))
         if folder.parent.name in fail:
-            return SimpleNamespace(returncode=2)
+            return 2, 1.0, 1.0
         if "--checkpoint" in command:
             assert Path(command[command.index("--checkpoint") + 1]).is_file()
         common.save_checkpoint(folder / "checkpoint.pt", {"finished": folder.parent.name not in interrupted})
         (folder / "metrics.csv").write_text("lagrange_multiplier\n3.5\n41.25\n")
         options[folder.parent.name] = command
-        return SimpleNamespace(returncode=143 if folder.parent.name in interrupted else 0)
+        return 143 if folder.parent.name in interrupted else 0, 12.34, 5.67
 
-    monkeypatch.setattr(evidence, "subprocess", SimpleNamespace(run=fake, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(evidence, "call", fake)
 
     def run(*methods):
         runs.clear()
@@ -76,7 +90,9 @@ def test_removed_result_is_run_again_and_its_offline_policy_too_if_that_is_gone(
 def test_checkpoint_of_an_interrupted_run_is_nothing_to_start_from(grid, capsys):
     grid.interrupted.add("offline")
     assert grid.run("marvel") == (1, [("offline_pretrain.py", "offline")])
-    assert "no offline policy to start from" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"FAILED {TASK} offline seed 0: see " in out
+    assert f"FAILED {TASK} marvel seed 0: what it needs failed" in out
     assert not (grid.folder / "results" / TASK / "marvel").exists()
     grid.interrupted.clear()
     both = [("offline_pretrain.py", "offline"), ("marvel_sac_pid.py", "marvel")]
@@ -87,9 +103,62 @@ def test_checkpoint_of_an_interrupted_run_is_nothing_to_start_from(grid, capsys)
 def test_failed_run_leaves_no_result_and_a_status(grid, capsys):
     grid.fail.add("from-scratch")
     assert grid.run("from-scratch", "marvel")[0] == 1
-    assert "FAILED marvel_sac_pid.py --env-id SafetyBallRun-v0" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"FAILED {TASK} from-scratch seed 0: see " in out
+    assert "| 3 finished, 1 failed, 0 running, 0 waiting, about 0 min to go" in out
     assert not (grid.folder / "results" / TASK / "from-scratch").exists()
     assert (grid.folder / "results" / TASK / "marvel/seed0.csv").exists()
+
+
+def test_an_interrupted_run_goes_on_if_neither_command_nor_code_has_changed(grid, monkeypatch):
+    grid.interrupted.add("from-scratch")
+    for _ in range(2):
+        assert grid.run("from-scratch")[0] == 1
+    assert grid.options["from-scratch"][1] == "--resume"
+    monkeypatch.setattr(evidence, "code_hash", lambda script: "other code")
+    grid.interrupted.clear()
+    assert grid.run("from-scratch")[0] == 0
+    assert grid.options["from-scratch"][1] != "--resume" and grid.options["from-scratch"][-1] == "--overwrite"
+    took = json.loads((grid.folder / "results" / TASK / "from-scratch/seed0.json").read_text())
+    assert took == {"wall_seconds": 12.3, "cpu_seconds": 5.7, "resumed": False}
+
+
+def test_dry_run_prints_the_commands_in_order_and_runs_nothing(grid, capsys):
+    evidence.main(evidence.Args(tasks=(TASK,), methods=("marvel", "dual-from-bear-lag"), seeds=(3,),
+                                dry_run=True, work_dir=str(grid.folder / "work")))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1].rpartition("/")[2] for line in lines] == [
+        "offline_pretrain.py", "bear_lag.py", "marvel_sac_pid.py", "marvel_sac_pid.py"]
+    assert all(line.startswith("python ") and f"--env-id {TASK} --seed 3" in line for line in lines)
+    assert not (grid.folder / "work").exists() and not (grid.folder / "results").exists()
+
+
+def test_an_exception_in_a_job_is_told_and_does_not_end_the_grid(grid, monkeypatch, capsys):
+    described = evidence.describe_dataset
+    monkeypatch.setattr(evidence, "describe_dataset", lambda file: 1 / 0)
+    assert grid.run("from-scratch") == (1, [])
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    monkeypatch.setattr(evidence, "describe_dataset", described)
+    assert grid.run("from-scratch")[0] == 0
+
+
+def test_a_run_takes_the_seconds_that_it_took_and_ends_with_the_one_that_started_it(tmp_path):
+    busy = "import time; time.sleep(0.5); sum(range(20_000_000)); raise SystemExit(3)"
+    status, wall, cpu = evidence.call(["-c", busy], tmp_path / "log.txt")
+    assert status == 3 and wall > 0.5 and 0.05 < cpu < wall - 0.3
+    code = ("import sys; from pathlib import Path; from benchmark.evidence import evidence; "
+            "evidence.call(['-c', 'import time; time.sleep(60)', sys.argv[1]], Path(sys.argv[1]))")
+    mark = str(tmp_path / "orphan.txt")
+    parent = subprocess.Popen([sys.executable, "-c", code, mark], cwd=evidence.ROOT)
+    deadline = time.time() + 30
+    while len(processes_with(mark)) < 2 and time.time() < deadline:
+        time.sleep(0.1)
+    assert len(processes_with(mark)) == 2
+    parent.kill()
+    parent.wait()
+    while processes_with(mark) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not processes_with(mark)
 
 
 def test_unknown_method_is_refused(grid, capsys):
