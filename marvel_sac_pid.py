@@ -88,6 +88,8 @@ class Args:
     """learning rate of the actor and of the entropy weight"""
     tau: float = 0.005
     """target networks' step per gradient step"""
+    actor_tau: float = 0.02
+    """the same of the policy, an average of the trained actor, towards that actor; 1: no average"""
     alpha: float = 0.01
     """entropy weight per step in units of scaled reward: the first value if tuned"""
     autotune: bool = True
@@ -463,7 +465,7 @@ def main(args: Args) -> None:
     eval_env, _ = common.make_env(args.env_id)
 
     # --- Networks ---
-    actor = Actor(task.obs_dim, task.act_dim).to(device)
+    trained_actor = Actor(task.obs_dim, task.act_dim).to(device)
     q = Critic(2, task.obs_dim, task.act_dim).to(device)
     qc = Critic(1, task.obs_dim, task.act_dim).to(device)
 
@@ -474,9 +476,9 @@ def main(args: Args) -> None:
     if not args.from_scratch and not run.resumed:
         checkpoint = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
         if args.vpa_critics == "offline":
-            common.load_weights(checkpoint, facts, actor=actor, q=q, qc=qc)
+            common.load_weights(checkpoint, facts, actor=trained_actor, q=q, qc=qc)
         else:
-            common.load_weights(checkpoint, facts, actor=actor)
+            common.load_weights(checkpoint, facts, actor=trained_actor)
     dataset_sha256 = None
     offline_data = ReplayBuffer(task.obs_dim, task.act_dim, device)
     if not args.from_scratch and args.vpa_data == "dataset":
@@ -489,8 +491,9 @@ def main(args: Args) -> None:
     # --- Target networks and optimisers ---
     q_target = deepcopy(q).requires_grad_(False)
     qc_target = deepcopy(qc).requires_grad_(False)
+    actor = deepcopy(trained_actor).requires_grad_(False)  # its average: what plays, is evaluated and saved
     critic_optimizer = torch.optim.Adam([*q.parameters(), *qc.parameters()], args.critic_lr, fused=True)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(trained_actor.parameters(), args.actor_lr, fused=True)
     first_alpha = max(args.alpha, 1e-8)  # 0 has no logarithm
     log_alpha = torch.tensor(math.log(first_alpha), device=device, requires_grad=True)
     alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
@@ -514,7 +517,8 @@ def main(args: Args) -> None:
     evaluations = {}
     run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256,
                           law=type(controller).__name__), progress,
-             actor=actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target, log_alpha=log_alpha,
+             actor=actor, trained_actor=trained_actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target,
+             log_alpha=log_alpha,
              critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
              alpha_optimizer=alpha_optimizer, controller=controller, buffer=buffer, rng=rng,
              evaluations=evaluations, constant=(offline_data,))
@@ -621,17 +625,18 @@ def main(args: Args) -> None:
 
             # --- Update critics ---
             # Qc counts cost alone here, as the limit does; only VPA's has the paper's small entropy term
-            targets = soft_targets(batch, actor, q_target, qc_target, args.gamma, alpha, alpha_cost=0.0,
-                                   largest_cost=progress["largest_cost"])
+            targets = soft_targets(batch, trained_actor, q_target, qc_target, args.gamma, alpha,
+                                   alpha_cost=0.0, largest_cost=progress["largest_cost"])
             loss, metrics = critic_loss(batch, q, qc, *targets)
             critic_optimizer.zero_grad()
             loss.backward()
             critic_optimizer.step()
 
             # --- Update actor ---
-            loss, log_prob = actor_loss(batch["observations"], actor, q, qc, alpha, controller.multiplier)
+            loss, log_prob = actor_loss(
+                batch["observations"], trained_actor, q, qc, alpha, controller.multiplier)
             actor_optimizer.zero_grad()
-            loss.backward(inputs=list(actor.parameters()))  # leaves the critics alone
+            loss.backward(inputs=list(trained_actor.parameters()))  # leaves the critics alone
             actor_optimizer.step()
             metrics |= {"actor_loss": loss.detach(), "alpha": alpha, "entropy": -log_prob.mean()}
 
@@ -645,6 +650,9 @@ def main(args: Args) -> None:
             # --- Update target networks ---
             follow(q_target, q, args.tau)
             follow(qc_target, qc, args.tau)
+
+            # --- Average the actor ---
+            follow(actor, trained_actor, args.actor_tau)
             run.check_finite(metrics)
 
         # --- Evaluate, log, save ---

@@ -80,6 +80,8 @@ class Args:
     """learning rate of the actor and of the entropy weight"""
     tau: float = 0.005
     """target networks' step per gradient step"""
+    actor_tau: float = 0.02
+    """the same of the policy, an average of the trained actor, towards that actor; 1: no average"""
     alpha: float = 0.01
     """entropy weight per step in units of scaled reward: the first value if tuned"""
     autotune: bool = True
@@ -472,7 +474,7 @@ def main(args: Args) -> None:
     eval_env, _ = common.make_env(args.env_id)
 
     # --- Networks ---
-    actor = Actor(task.obs_dim, task.act_dim).to(device)
+    trained_actor = Actor(task.obs_dim, task.act_dim).to(device)
     q = Critic(2, task.obs_dim, task.act_dim).to(device)
     qc = Critic(1, task.obs_dim, task.act_dim).to(device)
 
@@ -494,8 +496,9 @@ def main(args: Args) -> None:
     # --- Target networks and optimisers ---
     q_target = deepcopy(q).requires_grad_(False)
     qc_target = deepcopy(qc).requires_grad_(False)
+    actor = deepcopy(trained_actor).requires_grad_(False)  # its average: what plays, is evaluated and saved
     critic_optimizer = torch.optim.Adam([*q.parameters(), *qc.parameters()], args.critic_lr, fused=True)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(trained_actor.parameters(), args.actor_lr, fused=True)
     first_alpha = max(args.alpha, 1e-8)  # 0 has no logarithm
     log_alpha = torch.tensor(math.log(first_alpha), device=device, requires_grad=True)
     alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
@@ -517,8 +520,8 @@ def main(args: Args) -> None:
                     largest_cost=float(offline_data.storage["costs"].max()))
     evaluations = {}
     run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256), progress,
-             new_actor=actor, offline_actor=offline_actor, q=q, qc=qc, q_target=q_target,
-             qc_target=qc_target, log_alpha=log_alpha,
+             new_actor=actor, trained_actor=trained_actor, offline_actor=offline_actor, q=q, qc=qc,
+             q_target=q_target, qc_target=qc_target, log_alpha=log_alpha,
              critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
              alpha_optimizer=alpha_optimizer, controller=controller, buffer=buffer, rng=rng,
              evaluations=evaluations, constant=(offline_data,))
@@ -575,17 +578,19 @@ def main(args: Args) -> None:
             alpha = log_alpha.detach().exp()
 
             # --- Update critics ---
-            targets = composed_targets(batch, offline_actor, actor, q_target, qc_target, args.gamma, alpha,
-                                       controller.multiplier, args.temperature, progress["largest_cost"])
+            targets = composed_targets(
+                batch, offline_actor, trained_actor, q_target, qc_target, args.gamma, alpha,
+                controller.multiplier, args.temperature, progress["largest_cost"])
             loss, metrics = critic_loss(batch, q, qc, *targets)
             critic_optimizer.zero_grad()
             loss.backward()
             critic_optimizer.step()
 
             # --- Update actor ---
-            loss, log_prob = actor_loss(batch["observations"], actor, q, qc, alpha, controller.multiplier)
+            loss, log_prob = actor_loss(
+                batch["observations"], trained_actor, q, qc, alpha, controller.multiplier)
             actor_optimizer.zero_grad()
-            loss.backward(inputs=list(actor.parameters()))  # leaves the critics alone
+            loss.backward(inputs=list(trained_actor.parameters()))  # leaves the critics alone
             actor_optimizer.step()
             metrics |= {"actor_loss": loss.detach(), "alpha": alpha, "entropy": -log_prob.mean()}
 
@@ -599,6 +604,9 @@ def main(args: Args) -> None:
             # --- Update target networks ---
             follow(q_target, q, args.tau)
             follow(qc_target, qc, args.tau)
+
+            # --- Average the actor ---
+            follow(actor, trained_actor, args.actor_tau)
             run.check_finite(metrics)
 
         # --- Evaluate, log, save ---

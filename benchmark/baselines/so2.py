@@ -84,6 +84,8 @@ class Args:
     """learning rate of the actor and of the entropy weight"""
     tau: float = 0.005
     """target networks' step per gradient step"""
+    actor_tau: float = 0.02
+    """the same of the policy, an average of the trained actor, towards that actor; 1: no average"""
     alpha: float = 0.01
     """entropy weight per step in units of scaled reward: the first value if tuned"""
     autotune: bool = True
@@ -440,7 +442,7 @@ def main(args: Args) -> None:
     eval_env, _ = common.make_env(args.env_id)
 
     # --- Networks ---
-    actor = Actor(task.obs_dim, task.act_dim).to(device)
+    trained_actor = Actor(task.obs_dim, task.act_dim).to(device)
     q = Critic(2, task.obs_dim, task.act_dim).to(device)
     qc = Critic(1, task.obs_dim, task.act_dim).to(device)
 
@@ -450,7 +452,7 @@ def main(args: Args) -> None:
                                 reward_scale=args.reward_scale)
     if not run.resumed:
         checkpoint = args.checkpoint or f"runs/{args.env_id}__offline_pretrain__seed{args.seed}/checkpoint.pt"
-        common.load_weights(checkpoint, facts, actor=actor, q=q, qc=qc)
+        common.load_weights(checkpoint, facts, actor=trained_actor, q=q, qc=qc)
     dataset_file = common.find_dataset(task, args.dataset_path)
     dataset_sha256 = common.file_sha256(dataset_file)
     dataset = common.read_dataset(dataset_file, task)
@@ -461,8 +463,9 @@ def main(args: Args) -> None:
     # --- Target networks and optimisers ---
     q_target = deepcopy(q).requires_grad_(False)
     qc_target = deepcopy(qc).requires_grad_(False)
+    actor = deepcopy(trained_actor).requires_grad_(False)  # its average: what plays, is evaluated and saved
     critic_optimizer = torch.optim.Adam([*q.parameters(), *qc.parameters()], args.critic_lr, fused=True)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), args.actor_lr, fused=True)
+    actor_optimizer = torch.optim.Adam(trained_actor.parameters(), args.actor_lr, fused=True)
     first_alpha = max(args.alpha, 1e-8)  # 0 has no logarithm
     log_alpha = torch.tensor(math.log(first_alpha), device=device, requires_grad=True)
     alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
@@ -484,7 +487,8 @@ def main(args: Args) -> None:
                     largest_cost=float(offline_data.storage["costs"].max()))
     evaluations = {}
     run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256), progress,
-             actor=actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target, log_alpha=log_alpha,
+             actor=actor, trained_actor=trained_actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target,
+             log_alpha=log_alpha,
              critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
              alpha_optimizer=alpha_optimizer, controller=controller, buffer=buffer, rng=rng,
              evaluations=evaluations, constant=(offline_data,))
@@ -543,8 +547,9 @@ def main(args: Args) -> None:
             for _ in range(args.critic_updates):
                 # the authors' batch is ten times as large: one tenth from the buffer, nine from the union
                 batch = sample_mixed(offline_data, buffer, args.batch_size)
-                targets = perturbed_targets(batch, actor, q_target, qc_target, args.gamma, alpha,
-                                            args.target_noise, args.noise_clip, progress["largest_cost"])
+                targets = perturbed_targets(
+                    batch, trained_actor, q_target, qc_target, args.gamma, alpha, args.target_noise,
+                    args.noise_clip, progress["largest_cost"])
                 loss, metrics = critic_loss(batch, q, qc, *targets)
                 critic_optimizer.zero_grad()
                 loss.backward()
@@ -553,9 +558,10 @@ def main(args: Args) -> None:
                 follow(qc_target, qc, args.tau)
 
             # --- Update actor ---
-            loss, log_prob = actor_loss(batch["observations"], actor, q, qc, alpha, controller.multiplier)
+            loss, log_prob = actor_loss(
+                batch["observations"], trained_actor, q, qc, alpha, controller.multiplier)
             actor_optimizer.zero_grad()
-            loss.backward(inputs=list(actor.parameters()))  # leaves the critics alone
+            loss.backward(inputs=list(trained_actor.parameters()))  # leaves the critics alone
             actor_optimizer.step()
             metrics |= {"actor_loss": loss.detach(), "alpha": alpha, "entropy": -log_prob.mean()}
 
@@ -565,6 +571,9 @@ def main(args: Args) -> None:
                 alpha_optimizer.zero_grad()
                 loss.backward()
                 alpha_optimizer.step()
+
+            # --- Average the actor ---
+            follow(actor, trained_actor, args.actor_tau)
             run.check_finite(metrics)
 
         # --- Evaluate, log, save ---

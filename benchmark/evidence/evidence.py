@@ -20,6 +20,7 @@ import csv
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -70,6 +71,7 @@ METHODS = {
     "vpa-pid": (MARVEL, "offline", "--multiplier pid"),
     "apid-only": (MARVEL, "offline", "--vpa-steps 0 --lagrange-init 0"),
     "fresh-q": (MARVEL, "offline", "--vpa-critics fresh"),
+    "no-average": (MARVEL, "offline", "--actor-tau 1"),
     "fixed": (MARVEL, "offline", "--multiplier fixed --lagrange-init 0.22"),  # where from-scratch settles
     "as-released": (BASELINES + "marvel_released_pid.py", "offline", AS_RELEASED),
     # the first multiplier; dual-from-bear-lag takes BEAR-Lag's policy and the multiplier that it ended with
@@ -89,8 +91,6 @@ METHODS = {
     "utd-0.125": (MARVEL, "offline", "--utd 0.125"),
     "utd-0.25": (MARVEL, "offline", "--utd 0.25"),
     "utd-1": (MARVEL, "offline", "--utd 1"),
-    # a faster target network
-    "tau-0.02": (MARVEL, "offline", "--tau 0.02"),
 }
 
 
@@ -296,9 +296,12 @@ def on_ray(jobs: list[Job], workers: int, address: str) -> Iterator[tuple[Job, s
         common.stop("--ray needs Ray: pip install -r benchmark/evidence/requirements-grid.txt")
     options = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
     try:
+        if ":" in address:  # Ray itself tries for minutes and then ends the process
+            host, port = address.rsplit(":", 1)
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, log_to_driver=False,
                  **options)
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:  # ConnectionError is an OSError
         common.stop(f"--ray {address}: no such cluster, or one that asks for a token, and then set "
                     f"RAY_AUTH_MODE=token ({error!s:.150})")
     try:

@@ -51,6 +51,11 @@ def equal(one, other):
     return same(parameters({"": one}), parameters({"": other}))
 
 
+def flat(weights):
+    """What `snapshot` gives of a network with these weights of a checkpoint."""
+    return torch.cat([values.flatten() for values in weights.values()])[::29]
+
+
 def vpa_steps(kind):
     """Gradient steps before the online ones in the run of a kind."""
     return VPA["vpa_steps"] if kind in ("marvel", "rollouts") else 0
@@ -170,6 +175,30 @@ def test_policy_is_the_mean_of_the_first_trained_actors_and_then_a_moving_averag
         for checkpoint, value in zip(checkpoints, expected, strict=True):
             torch.testing.assert_close(checkpoint["actor"][key], value)
         assert not torch.equal(two, three)
+
+
+@kinds(*ONLINE_KINDS)
+def test_online_policy_is_a_moving_average_of_the_trained_actor(kind):
+    """Each step takes it 0.3 of the way to the trained actor, whose parameters the next loss shows."""
+    result = new_run(kind, actor_tau=0.3)
+    trained = [call.actor_parameters for call in of(result, "actor_loss")]
+    assert len(trained) > 10 and not torch.equal(trained[0], trained[-1])
+    average = trained[0]  # both are the same before the first step
+    for after in [*trained[1:], flat(result.checkpoint["trained_actor"])]:
+        average = 0.7 * average + 0.3 * after
+    policy = result.checkpoint["new_actor" if kind == "pex" else "actor"]
+    torch.testing.assert_close(flat(policy), average)
+
+
+@kinds("marvel", "so2", "released")
+def test_finetuning_plays_the_average_not_the_trained_actor(kind):
+    """A step of almost nothing leaves the policy where it began, wherever the trained actor goes."""
+    result = new_run(kind, actor_tau=1e-9, checkpoint=start_from((0.5, -0.3)))
+    assert np.abs(steps_of(result)["actions"] - np.tanh([0.5, -0.3])).mean() < 0.1
+    assert not equal(result.checkpoint["trained_actor"], result.checkpoint["actor"])
+    ended = result.checkpoint["evaluations"]["after finetuning"]
+    assert ended == evaluation_of(result, result.checkpoint["actor"])
+    assert ended != evaluation_of(result, result.checkpoint["trained_actor"])
 
 
 # --- What a gradient step is made of ---

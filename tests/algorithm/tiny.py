@@ -85,7 +85,7 @@ def dataset():
 BOTH = dict(env_id=TASK, batch_size=17, eval_episodes=2, gamma=0.95, reward_scale=0.2)
 OFFLINE = dict(**BOTH, update_steps=20, eval_every=7, cost_limit=3.0)
 ONLINE = dict(**BOTH, total_timesteps=50, utd=1.0, eval_every=20, cost_limit=2.0, cost_margin=0.25,
-              tau=0.01, alpha=0.02, kp=0.02, ki=0.01, kd=0.03, adapt_rate=0.07)
+              tau=0.01, actor_tau=0.06, alpha=0.02, kp=0.02, ki=0.01, kd=0.03, adapt_rate=0.07)
 VPA = dict(vpa_steps=12, vpa_tau=0.2, vpa_alpha=0.03, vpa_alpha_cost=0.004)
 POLICY = dict(tau=0.03, qc_tau=0.04, bc_weight=0.2)
 PENALTY = dict(ood_actions=3, ood_quantile=0.8, ood_weight=0.05)
