@@ -66,6 +66,8 @@ METHODS = {
     "jsrl": (BASELINES + "jsrl.py", "offline", ""),
     "pex": (BASELINES + "pex.py", "offline", ""),
     "so2": (BASELINES + "so2.py", "offline", ""),
+    # as WSRL: the offline policy's own episodes as warm-up, no pre-alignment and no offline data
+    "wsrl-lag": (MARVEL, "offline", "--vpa-data rollouts --vpa-steps 0"),
     # what the parts of Marvel bring
     "vpa-dual": (MARVEL, "offline", "--multiplier dual --lagrange-init 0"),
     "vpa-pid": (MARVEL, "offline", "--multiplier pid"),

@@ -9,6 +9,7 @@ mismatch, and the tables of README.md and of the pages in benchmark/ that stand 
 mean over seeds and the half-width of its 95 % t-interval, if there is more than one seed.
 """
 import csv
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -218,6 +219,19 @@ def short_runs_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
     return lines + [""]
 
 
+def times_table() -> list[str]:
+    """What the runs took, of those that were not interrupted: means over seeds."""
+    lines = ["### What it takes", "",
+             "| task | method (runs) | CPU seconds | wall seconds |", "|" + "---|" * 4]
+    for folder in sorted({file.parent for file in RESULTS.glob("*/*/seed*.json")}):
+        took = [json.loads(file.read_text()) for file in sorted(folder.glob("seed*.json"))]
+        took = [run for run in took if not run["resumed"]]
+        if took:
+            cpu, wall = (np.mean([run[f"{kind}_seconds"] for run in took]) for kind in ("cpu", "wall"))
+            lines.append(f"| {folder.parent.name} | {folder.name} ({len(took)}) | {cpu:.0f} | {wall:.0f} |")
+    return lines + [""]
+
+
 def stranger_table() -> list[str]:
     """The runs from an imported policy (methods.md), of results/imported/seed<k>.csv."""
     lines = ["### A stranger's policy", "",
@@ -302,7 +316,7 @@ def summary(results: dict[str, dict[str, list[dict]]]) -> str:
         if compared(runs):
             lines += table(task, runs)
     return "\n".join(lines + offline_table(results) + offline_parts_table(results) + limits_table(results)
-                     + short_runs_table(results) + stranger_table())
+                     + short_runs_table(results) + stranger_table() + times_table())
 
 
 def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
@@ -318,6 +332,8 @@ def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
             lines = limits_table(results)
         elif what == "short runs":
             lines = short_runs_table(results)
+        elif what == "times":
+            lines = times_table()
         elif what == "imported":
             lines = stranger_table()
         elif what == "q_alignment" and (RESULTS / "q_alignment.md").exists():

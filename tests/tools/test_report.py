@@ -92,6 +92,15 @@ def test_parts_of_the_offline_policy_are_shown_seed_by_seed_beside_the_datas_bes
         "| SafetyBallCircle-v0 (9) | Qc's target as slow as Q's | 50 | 1.0 |"]
 
 
+def test_table_of_times_leaves_resumed_runs_out(results, tmp_path):
+    folder = tmp_path / "SafetyBallCircle-v0/marvel"
+    for seed, (cpu, wall, resumed) in enumerate([(10, 12, "false"), (20, 22.4, "false"), (1, 1, "true")]):
+        (folder / f"seed{seed}.json").write_text(
+            f'{{"cpu_seconds": {cpu}, "wall_seconds": {wall}, "resumed": {resumed}}}')
+    assert report.fill_tables("<!-- times -->\n", results).splitlines()[3:] == [
+        "| SafetyBallCircle-v0 | marvel (2) | 15 | 17 |"]
+
+
 def test_table_of_limits_counts_the_windows_over_each_ones_own(results):
     """The seventh of forty episodes costs 30: it is in 7 of the 21 windows of 20, whose means are 1.5."""
     runs = results["SafetyBallCircle-v0"]
