@@ -219,6 +219,22 @@ def short_runs_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
     return lines + [""]
 
 
+def average_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
+    """Marvel with and without its policy's average, seed by seed."""
+    lines = ["### The average of the policy, cost limit 20", "",
+             "| task | policy | violation regret of each seed | worst 20-episode cost "
+             "| return of the last 20 episodes |",
+             "|" + "---|" * 5]
+    for task, runs in results.items():
+        for method in ("marvel", "no-average") if {"marvel", "no-average"} <= set(runs) else ():
+            regrets = ", ".join(f"{run['violation_regret'][-1]:.0f}" for run in runs[method])
+            windows = [rolling_mean(run["episode_cost"], 20)[19:] for run in runs[method]]
+            worst = ", ".join(f"{window.max():.1f}" for window in windows)
+            returns = ", ".join(f"{run['episode_return'][-20:].mean():.0f}" for run in runs[method])
+            lines.append(f"| {task} | {method} | {regrets} | {worst} | {returns} |")
+    return lines + [""]
+
+
 def times_table() -> list[str]:
     """What the runs took, of those that were not interrupted: means over seeds."""
     lines = ["### What it takes", "",
@@ -316,7 +332,7 @@ def summary(results: dict[str, dict[str, list[dict]]]) -> str:
         if compared(runs):
             lines += table(task, runs)
     return "\n".join(lines + offline_table(results) + offline_parts_table(results) + limits_table(results)
-                     + short_runs_table(results) + stranger_table() + times_table())
+                     + average_table(results) + short_runs_table(results) + stranger_table() + times_table())
 
 
 def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
@@ -332,6 +348,8 @@ def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
             lines = limits_table(results)
         elif what == "short runs":
             lines = short_runs_table(results)
+        elif what == "average":
+            lines = average_table(results)
         elif what == "times":
             lines = times_table()
         elif what == "imported":

@@ -92,6 +92,16 @@ def test_parts_of_the_offline_policy_are_shown_seed_by_seed_beside_the_datas_bes
         "| SafetyBallCircle-v0 (9) | Qc's target as slow as Q's | 50 | 1.0 |"]
 
 
+def test_table_of_the_average_shows_every_seed_with_and_without_it(results):
+    """The seventh of forty episodes costs 30: 1.5 on average of twenty."""
+    runs = results["SafetyBallCircle-v0"]
+    assert len(report.fill_tables("<!-- average -->\n", results).splitlines()) == 3
+    runs["no-average"] = runs["marvel"][:1]
+    assert report.fill_tables("<!-- average -->\n", results).splitlines()[3:] == [
+        "| SafetyBallCircle-v0 | marvel | 10, 10 | 1.5, 1.5 | 10, 10 |",
+        "| SafetyBallCircle-v0 | no-average | 10 | 1.5 | 10 |"]
+
+
 def test_table_of_times_leaves_resumed_runs_out(results, tmp_path):
     folder = tmp_path / "SafetyBallCircle-v0/marvel"
     for seed, (cpu, wall, resumed) in enumerate([(10, 12, "false"), (20, 22.4, "false"), (1, 1, "true")]):
