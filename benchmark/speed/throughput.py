@@ -202,12 +202,13 @@ def vpa_update(args: marvel.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
 
 
 def online_update(args: marvel.Args, s: SimpleNamespace) -> Callable[[dict], dict]:
-    """One gradient step of online SAC: critics, actor, entropy weight, target networks."""
+    """One gradient step of online SAC: critics, actor, entropy weight, target networks, average."""
     critic_optimizer = critic_adam(args, s)
     actor_optimizer = torch.optim.Adam(s.actor.parameters(), args.actor_lr, fused=True)
     s.log_alpha = log_alpha = torch.tensor(math.log(max(args.alpha, 1e-8)), requires_grad=True)
     alpha_optimizer = torch.optim.Adam([log_alpha], args.actor_lr)
     target_entropy = -(s.actor.head.out_features // 2)
+    s.average = deepcopy(s.actor).requires_grad_(False)
 
     def update(batch):
         alpha = log_alpha.detach().exp()
@@ -223,6 +224,7 @@ def online_update(args: marvel.Args, s: SimpleNamespace) -> Callable[[dict], dic
             step(alpha_optimizer, -(log_alpha.exp() * (log_prob + target_entropy)).mean())
         marvel.follow(s.q_target, s.q, args.tau)
         marvel.follow(s.qc_target, s.qc, args.tau)
+        marvel.follow(s.average, s.actor, args.actor_tau)
         check_finite(metrics)
         return metrics
 
@@ -232,7 +234,7 @@ def online_update(args: marvel.Args, s: SimpleNamespace) -> Callable[[dict], dic
 def online_loop(args: marvel.Args, s: SimpleNamespace, env_id: str) -> Callable[[], None]:
     """The online loop of marvel_sac_pid.py: a call plays one episode, then makes its gradient steps."""
     env, task = common.make_env(env_id)
-    update, rng, policy = online_update(args, s), np.random.default_rng(args.seed), s.actor.numpy_policy()
+    update, rng, policy = online_update(args, s), np.random.default_rng(args.seed), s.average.numpy_policy()
     buffer = marvel.ReplayBuffer(task.obs_dim, task.act_dim, torch.device("cpu"))
 
     def block():
@@ -362,6 +364,7 @@ def plain_online(args: marvel.Args, p: SimpleNamespace) -> Callable[[dict], dict
     actor_optimizer = torch.optim.Adam(p.actor.parameters(), lr=args.actor_lr)
     p.log_alpha = torch.tensor(math.log(args.alpha), requires_grad=True)
     alpha_optimizer = torch.optim.Adam([p.log_alpha], lr=args.actor_lr)
+    p.average = deepcopy(p.actor)
 
     def update(batch):
         obs, alpha, multiplier = batch["observations"], p.log_alpha.exp().item(), p.controller.multiplier
@@ -371,6 +374,7 @@ def plain_online(args: marvel.Args, p: SimpleNamespace) -> Callable[[dict], dict
         actor_loss = ((alpha * log_prob - q + multiplier * qc) / (1 + multiplier)).mean()
         descend(actor_loss, actor_optimizer)
         descend((-p.log_alpha.exp() * (log_prob.detach() - act.shape[1])).mean(), alpha_optimizer)
+        polyak(p.actor, p.average, args.actor_tau)
         return losses | dict(actor_loss=actor_loss, entropy=-log_prob.mean())
 
     return update

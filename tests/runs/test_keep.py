@@ -202,7 +202,7 @@ def test_copy_of_the_offline_policy_that_is_kept_is_still_that_after_kill_and_re
     assert status == 2 and "run.keep lacks offline_actor" in printed and not (tmp_path / "run").exists()
 
     script = changed_script(tmp_path, copy, (
-        "actor=actor, q=q, qc=qc, q_t", "offline_actor=offline_actor, actor=actor, q=q, qc=qc, q_t"))
+        "actor=actor, trained_actor", "offline_actor=offline_actor, actor=actor, trained_actor"))
     status, _ = run(script, tmp_path / "run", at=("environment step", 150), do=kill, **options)
     assert status == -signal.SIGKILL and saved(tmp_path / "run")["progress"]["env_steps"] > 0
     (tmp_path / "offline/checkpoint.pt").rename(tmp_path / "offline.pt")

@@ -262,7 +262,7 @@ def test_pre_alignment_is_used_again_if_it_is_finished_and_newer_than_its_start(
         start = arguments[arguments.index("--checkpoint") + 1]
         common.save_checkpoint(log_file.parent / "checkpoint.pt", {
             key: value for key, value in common.load_checkpoint(start).items() if key != "version"})
-        return True
+        return 0, 1.0, 1.0
 
     monkeypatch.setattr(q_alignment, "call", vpa)
     monkeypatch.setattr(q_alignment, "picture", lambda results: None)
@@ -285,7 +285,7 @@ def test_pre_alignment_is_used_again_if_it_is_finished_and_newer_than_its_start(
 
 
 def test_failed_pre_alignment_leaves_no_file_and_a_status(workplace, monkeypatch, refusal):
-    monkeypatch.setattr(q_alignment, "call", lambda *arguments: False)
+    monkeypatch.setattr(q_alignment, "call", lambda *arguments: (2, 1.0, 1.0))
     assert "no CSV file" in refusal(command_once, workplace)
     assert not (workplace / "results/q_alignment").exists()
 
