@@ -156,8 +156,7 @@ networks: θ̄ ← (1 - τ) θ̄ + τ θ with τ = `vpa_tau`, after every gradie
         substitutions=(
             (
                 "after every gradient step",
-                "after the steps {follow_every}, 2 x {follow_every}, 3 x {follow_every}, ... "
-                "(the first has `step` 0)",
+                "after those gradient steps where `step` + 1 is a multiple of {follow_every}",
             ),
             (
                 "            follow(q_target, q, args.vpa_tau)\n"
@@ -239,15 +238,15 @@ L(π) = E_s,a~π[ α log π(a | s) - min_k Q_k(s, a) + λ Qc(s, a) ] / (1 + λ).
             ONLINE: (
                 """\
 obs (batch, obs_dim). With one action of the policy per state, take the gradients of reward_value and of
-cost_value in the action, each (batch, act_dim). Return two Python floats, both at least 0: lambda_ls, which
-minimises the mean of |grad Q - lambda grad Qc|^2 over lambda >= 0, and lambda_norm, the ratio of the root
-mean squares of the two gradients. No network may learn from it. A Qc without any gradient must not end in a
-division by 0.""",
+cost_value in the action, each (batch, act_dim). The actor is frozen. Return two Python floats, both at
+least 0: lambda_ls, which minimises the mean of |grad Q - lambda grad Qc|^2 over lambda >= 0, and
+lambda_norm, the ratio of the root mean squares of the two gradients. No network may learn from it. Where Qc
+has no gradient at all, lambda_ls is 0 and the second is finite.""",
             )
         },
         equations="""\
 λ_ls = max(0, E[∇Q · ∇Qc] / E[‖∇Qc‖²]), λ_norm = √(E[‖∇Q‖²] / E[‖∇Qc‖²]) ≥ λ_ls (why?), ∇ in the action.
-Returned are λ_ls and λ_norm. Derive λ_ls first, by setting a derivative to 0.""",
+Returned are λ_ls and λ_norm. Derive λ_ls by setting a derivative to 0.""",
         sanity="The first falls to 0 as the angle between the two gradients grows from 0 to 90 degrees.",
         substitutions=(
             (
@@ -277,7 +276,8 @@ Returned are λ_ls and λ_norm. Derive λ_ls first, by setting a derivative to 0
 obs (batch, obs_dim). Draw n actions of the actor for every state. vae.encode(obs, act) gives three results,
 the last of which is the KL divergence (batch,) of each pair; those with more than kl_threshold count as out
 of the data's distribution. Return the mean over those pairs of max(0, qc_threshold - Qc(s, a)), 0 where
-there are none, and their share of all pairs. Qc is to learn from the first; actor and VAE are not.""",
+there are none, and their share of all pairs: two tensors of shape (). Qc is
+to learn from the first; actor and VAE are not.""",
             )
         },
         equations="""\

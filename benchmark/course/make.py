@@ -9,6 +9,7 @@ holds no solution of its exercises; the pictures `expected_N.png` are drawn with
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -153,7 +154,8 @@ def write(folder: Path, scripts: dict[str, str], text: str, numbers: tuple[int, 
     marks = "".join(f"\n    exercise_{number}: {EXERCISES[number].title}" for number in numbers)
     (folder / "pytest.ini").write_text(
         "[pytest]\ntestpaths = grader\npythonpath = . grader benchmark/baselines\n"
-        f"addopts = --strict-markers -q\nmarkers =\n    points: what a test is worth{marks}\n"
+        "addopts = --strict-markers --continue-on-collection-errors -q\n"
+        f"markers =\n    points: what a test is worth{marks}\n"
     )
     (folder / "README.md").write_text(text)
 
@@ -164,14 +166,17 @@ def main(args: Args) -> None:
         numbers and set(numbers) <= set(EXERCISES),
         f"--exercises takes numbers from 1 to {max(EXERCISES)}, not {args.exercises}",
     )
-    output = Path(args.output)
-    common.stop_unless(not output.exists(), f"{output} exists: remove it, or name another --output")
+    output = Path(args.output).absolute()
+    common.stop_unless(not os.path.lexists(output), f"{output} exists: remove it, or name another --output")
     common.stop_unless(
         output.parent.is_dir(), f"{output.parent} is not a folder: make it, or name another --output"
     )
     solved, blanks, text = assignment(numbers, args.variant)
-    # written beside the output and renamed: never half a folder
-    with tempfile.TemporaryDirectory(dir=output.parent) as work:
+    try:
+        parent = tempfile.TemporaryDirectory(dir=output.parent)
+    except OSError as error:
+        common.stop(f"{output.parent}: cannot be written ({error.strerror}); name another --output")
+    with parent as work:  # written beside the output and renamed: never half a folder
         answer, given = Path(work) / "answer", Path(work) / "given"
         write(answer, solved, text, numbers, args.variant)
         write(given, blanks, text, numbers, args.variant)

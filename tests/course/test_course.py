@@ -1,6 +1,7 @@
 """The course folder: blanks fail their own tests, wrong solutions fail with their name, right ones pass."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,9 @@ def test_a_blank_fails_all_of_its_own_tests_and_no_other(folders, number):
     passed, failed = grade(folders[0], {**everything, **blanks})
     assert {graded_number(name) for name in failed} == {number}
     assert {graded_number(name) for name in passed} == set(ALL) - {number}
-    assert set(failed.values()) == {f"exercise {number} is still to be written"}
+    assert {output.partition(" in ")[0] for output in failed.values()} == {
+        f"exercise {number} is still to be written"
+    }
 
 
 def refilled(blanks, solved, numbers):
@@ -237,6 +240,111 @@ WRONG = {
         "every state's own multiplier",
     ),
     "negative first": (6, "max(0.0, least_squares.item())", "least_squares.item()", "is negative"),
+    "log pi detached in the loss": (
+        5,
+        "(alpha * log_prob - lagrangian)",
+        "(alpha * log_prob.detach() - lagrangian)",
+        "lacks the entropy's part",
+    ),
+    "Q cut too": (
+        2,
+        "- alpha * log_prob\n",
+        "- alpha * log_prob\n    next_q = next_q.clamp(0, 20)\n",
+        "only Qc has bounds",
+    ),
+    "reward's terminal bootstrapped": (
+        2,
+        "discount * next_q,",
+        "gamma * next_q,",
+        "bootstraps through a terminal",
+    ),
+    "no discount of Q": (2, "discount * next_q,", '(1 - batch["terminals"]) * next_q,', "lacks the discount"),
+    "threshold unsafe": (
+        2,
+        "(next_qc <= qc_threshold)",
+        "(next_qc < qc_threshold)",
+        "at the threshold itself",
+    ),
+    "critics as targets": (
+        3,
+        "soft_targets(batch, actor, q_target, qc_target, args.gamma, args.vpa_alpha,",
+        "soft_targets(batch, actor, q, qc, args.gamma, args.vpa_alpha,",
+        "of the critics themselves",
+    ),
+    "no metrics": (
+        3,
+        "            loss, metrics = critic_loss(batch, q, qc, *targets)\n"
+        "            critic_optimizer.zero_grad()\n            loss.backward()\n"
+        "            critic_optimizer.step()\n            follow(q_target, q, args.vpa_tau)",
+        "            loss, _ = critic_loss(batch, q, qc, *targets)\n"
+        "            critic_optimizer.zero_grad()\n            loss.backward()\n"
+        "            critic_optimizer.step()\n            follow(q_target, q, args.vpa_tau)",
+        "in `metrics`",
+    ),
+    "limit for the target": (
+        4,
+        "(mean_cost - self.target_cost)",
+        "(mean_cost - self.cost_limit)",
+        "aims at the limit",
+    ),
+    "errors above 0 only": (
+        4,
+        "error = (mean_cost - self.target_cost) / self.cost_unit",
+        "error = max(0.0, mean_cost - self.target_cost) / self.cost_unit",
+        "errors below 0 count",
+    ),
+    "falling costs count": (
+        4,
+        "max(0.0, self.cost_ema - self.cost_emas[0])",
+        "self.cost_ema - self.cost_emas[0]",
+        "only their rise counts",
+    ),
+    "integral times factor above too": (
+        4,
+        "            factors = [factor, factor, 1 + rate * min(1.0, std / mean)]\n",
+        "            factors = [factor, factor, 1 + rate * min(1.0, std / mean)]\n"
+        "            self.integral *= factor\n",
+        "below the target only",
+    ),
+    "average floored": (
+        4,
+        "(1 - self.ema) * error\n",
+        "(1 - self.ema) * error\n        self.error_ema = max(0.0, self.error_ema)\n",
+        "may be below 0",
+    ),
+    "integral cut after use": (
+        4,
+        "kp * self.error_ema + self.integral + kd * cost_rise",
+        "kp * self.error_ema + self.integral + kd * cost_rise + min(0.0, ki * gradient_steps "
+        "* error + 1e-9) * (self.integral == 0)",
+        "before it was cut",
+    ),
+    "spread not bounded": (4, "min(1.0, std / mean)", "std / mean", "counts as at most 1"),
+    "kd does not return": (
+        4,
+        "            factors = [factor, factor, factor]\n",
+        "            factors = [factor, factor, 1.0]\n",
+        "but for kd",
+    ),
+    "action not detached": (
+        6,
+        "actor(obs)[0].detach().requires_grad_()",
+        "actor(obs)[0]",
+        "the actor is frozen",
+    ),
+    "divided by all pairs": (7, "/ ood.sum().clamp_min(1)", "/ len(ood)", "divided by all pairs"),
+    "other states' actions": (
+        7,
+        "        _, _, kl = vae.encode(obs, act)\n",
+        "        _, _, kl = vae.encode(obs, act)\n        obs = obs.flip(0)\n",
+        "drawn for other states",
+    ),
+    "actor learns": (
+        7,
+        "    with torch.no_grad():\n        act, _ = actor(obs)\n        _, _, kl",
+        "    act, _ = actor(obs)\n    with torch.no_grad():\n        _, _, kl",
+        "the actor learns",
+    ),
     "penalty without gradient": (
         7,
         "cost_value(qc, obs, act))\n",
@@ -367,8 +475,57 @@ def test_a_right_solution_in_other_words_gets_all_points(folders, number):
     assert passed and not failed, failed
 
 
+BROKEN = {
+    "syntax error": ("def soft_targets(", "def soft_targets((", "SyntaxError"),
+    "ends the process": (
+        "    next_act, log_prob = actor(",
+        "    os._exit(0)\n    next_act, log_prob = actor(",
+        "did not end",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_results_of_a_script_that_does_not_run_are_zeros_not_those_of_before(folders, kind):
+    scripts, _, _ = make.assignment(ALL, 0)
+    grade(folders[0], scripts, "-m", "exercise_2")
+    old, new, message = BROKEN[kind]
+    assert old in scripts[ONLINE]
+    (folders[0] / ONLINE).write_text(scripts[ONLINE].replace(old, new))
+    subprocess.run([sys.executable, "-m", "pytest", "-m", "exercise_2"], cwd=folders[0], capture_output=True)
+    results = json.loads((folders[0] / "results.json").read_text())
+    assert results["score"] == 0
+    tests = [test for test in results["tests"] if graded_number(test["name"]) == 2]
+    assert sum(test["max_score"] for test in tests) == make.points(2)
+    assert all(message in test["output"] for test in tests)
+
+
+def test_an_endless_loop_ends(folders):
+    scripts, _, _ = make.assignment(ALL, 0)
+    endless = scripts[ONLINE].replace(
+        "    next_act, log_prob = actor(", "    while True: pass\n    next_act, log_prob = actor("
+    )
+    conftest = folders[0] / "grader/conftest.py"
+    text = conftest.read_text()
+    conftest.write_text(text.replace("SECONDS = 60", "SECONDS = 1"))
+    passed, failed = grade(folders[0], {**scripts, ONLINE: endless}, "-m", "exercise_2")
+    conftest.write_text(text)
+    assert any("an endless loop?" in output for output in failed.values())
+
+
 def test_the_command_writes_a_folder_whose_pictures_are_drawn_and_whose_blanks_say_so(tmp_path):
-    make.main(make.Args(exercises=(5, 2), output=str(tmp_path / "folder"), variant=3))
+    command = [
+        sys.executable,
+        ROOT / "benchmark/course/make.py",
+        "--exercises",
+        "5",
+        "2",
+        "--output",
+        "folder",
+        "--variant",
+        "3",
+    ]
+    subprocess.run(command, cwd=tmp_path, check=True)
     assert {path.name for path in tmp_path.iterdir()} == {"folder"}
     files = {path.name for path in (tmp_path / "folder").iterdir()}
     assert {
@@ -397,3 +554,13 @@ def test_bad_input_gets_one_line(refusal, tmp_path):
     assert "exists" in refusal(make.main, make.Args(exercises=(1,), output=str(tmp_path)))
     assert "not a folder" in refusal(make.main, make.Args(exercises=(1,), output=str(tmp_path / "a/b")))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_lecturers_page_says_what_the_graders_add_up_to_and_how_many_solutions_are_tried():
+    page = (ROOT / "benchmark/course/README.md").read_text()
+    rows = dict(re.findall(r"^\| (\d) \|.*\| (\d+) \|$", page, re.MULTILINE))
+    assert {int(number): int(worth) for number, worth in rows.items()} == {n: make.points(n) for n in ALL}
+    assert (
+        f"{len(WRONG)} wrong solutions" in page
+        and f"that {['no', 'one', 'two', 'three', 'four', 'five'][len(RIGHT)]}" in page
+    )

@@ -10,6 +10,7 @@ import torch
 FOLDER = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(FOLDER))
 torch.set_num_threads(1)
+SLOPE = 0.3  # of the log-density of the stand-in for an actor, in its parameter
 CONSTANTS = json.loads((Path(__file__).parent / "variant.json").read_text())
 
 
@@ -56,4 +57,6 @@ class TableActor(torch.nn.Module):
         self.log_prob = torch.tensor(log_prob)
 
     def forward(self, obs):
-        return self.scale * obs, self.log_prob[: len(obs)] + 0 * self.scale
+        # the density depends on the parameter too: its slope is SLOPE everywhere, its value the given one
+        slope = SLOPE * (self.scale - self.scale.detach())
+        return self.scale * obs, self.log_prob[: len(obs)] + slope

@@ -103,35 +103,42 @@ def test_the_log_density_is_that_of_the_squashed_action():
 
 @pytest.mark.points(2)
 def test_the_log_density_is_right_where_tanh_rounds_to_1():
-    for path, actor in actors([20.0 * SQUASH], [-4.0]):
-        actor = actor.float()
-        torch.manual_seed(2)
-        _, log_prob = actor(torch.zeros(1000, 1))
-        require(
-            torch.isfinite(log_prob).all(),
-            f"{path}: log π is not finite for u / c about 20: log(1 - tanh²) is log 0 in float32",
-        )
-        # there da / du is 4 exp(-2 u / c) / c, and E[log N] the negative entropy
-        expected = -(0.5 + 0.5 * math.log(2 * math.pi) - 4.0) - (math.log(4 / SQUASH) - 40)
-        require_close(
-            f"{path}: the mean of log π at u / c about 20",
-            log_prob.mean(),
-            expected,
-            {
-                "is that of an ε added to 1 - tanh²: find a form without a difference": expected
-                + math.log(4)
-                - 40
-                - math.log(1e-6)
-            },
-            tolerance=0.01,
-        )
-        loss = log_prob.mean()
-        (gradient,) = torch.autograd.grad(loss, actor.head.bias)
-        require(torch.isfinite(gradient).all(), f"{path}: the gradient of log π is not finite there")
-        require_close(
-            f"{path}: the slope of E[log π] in the mean at u / c about 20",
-            gradient[0],
-            2 / SQUASH,
-            {"is 0: the Jacobian has been clipped away": 0.0},
-            tolerance=0.01,
-        )
+    for size in 20.0, -20.0, 200.0:
+        for path, actor in actors([size * SQUASH], [-4.0]):
+            check_tail(path, actor.float(), size)
+
+
+def check_tail(path, actor, size):
+    where = f"u / c about {size:g}"
+    torch.manual_seed(2)
+    _, log_prob = actor(torch.zeros(1000, 1))
+    require(
+        torch.isfinite(log_prob).all(),
+        f"{path}: log π is not finite for {where}: log(1 - tanh²) is log 0 in float32, and cosh overflows",
+    )
+    # there da / du is 4 exp(-2 |u / c|) / c, and E[log N] the negative entropy
+    negative_entropy = -(0.5 + 0.5 * math.log(2 * math.pi) - 4.0)
+    expected = negative_entropy - (math.log(4 / SQUASH) - 2 * abs(size))
+    floors = {
+        f"is that of {epsilon:g} added to 1 - tanh²: find a form without a difference": negative_entropy
+        - math.log(epsilon / SQUASH)
+        for epsilon in (1e-6, 1e-7, 1e-8)
+    }
+    require_close(f"{path}: the mean of log π at {where}", log_prob.mean(), expected, floors, tolerance=0.01)
+    (gradient,) = torch.autograd.grad(log_prob.mean(), actor.head.bias)
+    require(torch.isfinite(gradient).all(), f"{path}: the gradient of log π is not finite at {where}")
+    slope = math.copysign(2 / SQUASH, size)
+    require_close(
+        f"{path}: the slope of E[log π] in the mean at {where}",
+        gradient[0],
+        slope,
+        {"is 0: the Jacobian has no gradient, or has been clipped away": 0.0},
+        tolerance=0.01,
+    )
+    require_close(
+        f"{path}: the slope of E[log π] in log_std at {where}",
+        gradient[1],
+        -1.0,
+        {"is 0: the density of the Gaussian has no gradient in its deviation": 0.0},
+        tolerance=0.05,
+    )

@@ -10,7 +10,7 @@ import marvel_sac_pid
 
 pytestmark = pytest.mark.exercise_2
 GAMMA, ALPHA, ALPHA_COST, LARGEST_COST = 0.9, 0.5, 0.25, 2.0
-LOG_PROB = [-1.0, 2.0, -0.5, 0.8]
+LOG_PROB = [-1.0, 1.2, -0.5, 0.8]
 SIGN = {"+": 1, "-": -1}[CONSTANTS["cost_entropy_sign"]]
 NEXT_OBS = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
 BATCH = {
@@ -23,8 +23,13 @@ BATCH = {
     "timeouts": torch.tensor([0.0, 0.0, 1.0, 0.0]),
 }
 # two reward critics and a cost critic: their values in the four next states
-Q = torch.tensor([[5.0, 1.0, 3.0, 8.0], [4.0, 2.0, 6.0, 7.0]])
+Q = torch.tensor([[5.0, 1.7, 3.4, 30.0], [4.2, 2.9, 6.0, 27.0]])
 QC = torch.tensor([[3.0, 6.0, -4.0, 50.0]])
+
+
+def batch():
+    """A copy, which a solution may work on."""
+    return {name: values.clone() for name, values in BATCH.items()}
 
 
 class Table(torch.nn.Module):
@@ -58,12 +63,12 @@ def offline_scripts():
 
 def targets():
     return marvel_sac_pid.soft_targets(
-        BATCH, TableActor(LOG_PROB), Table(Q), Table(QC), GAMMA, ALPHA, ALPHA_COST, LARGEST_COST
+        batch(), TableActor(LOG_PROB), Table(Q), Table(QC), GAMMA, ALPHA, ALPHA_COST, LARGEST_COST
     )
 
 
 # per row, by hand: the smaller reward critic minus the entropy term; Qc cut to [0, 2 / (1 - 0.9)]
-SOFT_Q = [4 + 0.5, 1 - 1.0, 3 + 0.25, 7 - 0.4]
+SOFT_Q = [4.2 + 0.5, 1.7 - 0.6, 3.4 + 0.25, 27 - 0.4]
 CUT_QC = [3, 6, 0, 20]
 SOFT_QC = [value + SIGN * ALPHA_COST * log_prob for value, log_prob in zip(CUT_QC, LOG_PROB, strict=True)]
 
@@ -78,14 +83,23 @@ def test_the_reward_target_inside_an_episode():
         got[0],
         right,
         {
-            "takes the larger of the two critics": right + GAMMA * 1,
-            "takes the mean of the two critics": right + GAMMA * 0.5,
+            "takes the larger of the two critics": right + GAMMA * 0.8,
+            "takes the mean of the two critics": right + GAMMA * 0.4,
             "lacks the entropy term": right - GAMMA * 0.5,
             "has the entropy term with the wrong sign": right - 2 * GAMMA * 0.5,
             "has the mean log π of the batch instead of every row's": 1
             + GAMMA * (4 - ALPHA * sum(LOG_PROB) / 4),
             "lacks the discount": 1 + SOFT_Q[0],
             "lacks the reward": right - 1,
+        },
+    )
+    require_close(
+        "the reward target of a large Q",
+        got[3],
+        4 + GAMMA * SOFT_Q[3],
+        {
+            "is cut: only Qc has bounds": 4 + GAMMA * (20 - 0.4),
+            "is cut after the entropy term: only Qc has bounds": 4 + GAMMA * 20,
         },
     )
 
@@ -161,40 +175,47 @@ def test_the_cost_target_inside_an_episode():
 
 @pytest.mark.points(3)
 def test_the_offline_targets_are_masked_where_the_next_action_is_unsafe():
-    threshold = 8.0
+    for threshold in 8.0, 3.0:
+        for script in offline_scripts():
+            check_offline_targets(script, threshold)
+
+
+def check_offline_targets(script, threshold):
     end, end_cost = CONSTANTS["end_reward"], CONSTANTS["end_cost"]
-    for script in offline_scripts():
-        got, got_cost = script.cpq_targets(
-            BATCH, TableActor(LOG_PROB), Table(Q), Table(QC), GAMMA, threshold, LARGEST_COST
-        )
-        where = f"{script.__name__}.py: the"
-        # the fourth is over the threshold; the second is a terminal
-        right = [1 + GAMMA * 4, 2 + GAMMA * end, 3 + GAMMA * 3, 4]
-        require_close(
-            f"{where} reward targets",
-            got,
-            right,
-            {
-                "are not masked": [*right[:3], 4 + GAMMA * 7],
-                "are masked where the next action is safe": [1, 2 + GAMMA * end, 3, 4 + GAMMA * 7],
-                "bootstrap through a terminal": [right[0], 2 + GAMMA * 1, *right[2:]],
-                "treat the time limit as the end of the task": [*right[:2], 3 + GAMMA * end, right[3]],
-                "have an entropy term": [1 + GAMMA * (4 + ALPHA), *right[1:]],
-            },
-        )
-        right = [GAMMA * 3, 1 + GAMMA * end_cost, 0.5, 2 + GAMMA * 20]
-        require_close(
-            f"{where} cost targets",
-            got_cost,
-            right,
-            {
-                "are not cut": [*right[:2], 0.5 - GAMMA * 4, 2 + GAMMA * 50],
-                "are masked: only Q's bootstrap is": [*right[:3], 2],
-                "bootstrap through a terminal": [right[0], 1 + GAMMA * 6, *right[2:]],
-                "treat the time limit as the end of the task": [*right[:2], 0.5 + GAMMA * end_cost, right[3]],
-            },
-        )
-        require(not got.requires_grad and not got_cost.requires_grad, f"{where} targets have a gradient")
+    # the first has Qc 3, which is safe under both thresholds; the second, a terminal, 6; the last far more
+    through = 2 + GAMMA * (1.7 if threshold == 8.0 else 0.0)
+    got, got_cost = script.cpq_targets(
+        batch(), TableActor(LOG_PROB), Table(Q), Table(QC), GAMMA, threshold, LARGEST_COST
+    )
+    where = f"{script.__name__}.py, threshold {threshold:g}: the"
+    right = [1 + GAMMA * 4.2, 2 + GAMMA * end, 3 + GAMMA * 3.4, 4]
+    require_close(
+        f"{where} reward targets",
+        got,
+        right,
+        {
+            "are not masked": [*right[:3], 4 + GAMMA * 27],
+            "are masked where the next action is safe": [1, right[1], 3, 4 + GAMMA * 27],
+            "are masked at the threshold itself, which is safe": [1, *right[1:]],
+            "bootstrap through a terminal": [right[0], through, *right[2:]],
+            "mask what is behind a terminal": [right[0], 2, *right[2:]],
+            "treat the time limit as the end of the task": [*right[:2], 3 + GAMMA * end, right[3]],
+            "have an entropy term": [1 + GAMMA * (4.2 + ALPHA), *right[1:]],
+        },
+    )
+    right = [GAMMA * 3, 1 + GAMMA * end_cost, 0.5, 2 + GAMMA * 20]
+    require_close(
+        f"{where} cost targets",
+        got_cost,
+        right,
+        {
+            "are not cut": [*right[:2], 0.5 - GAMMA * 4, 2 + GAMMA * 50],
+            "are masked: only Q's bootstrap is": [*right[:3], 2],
+            "bootstrap through a terminal": [right[0], 1 + GAMMA * 6, *right[2:]],
+            "treat the time limit as the end of the task": [*right[:2], 0.5 + GAMMA * end_cost, right[3]],
+        },
+    )
+    require(not got.requires_grad and not got_cost.requires_grad, f"{where} targets have a gradient")
 
 
 @pytest.mark.points(1)

@@ -58,6 +58,43 @@ def test_the_integral_grows_by_the_error_of_every_gradient_step():
     )
 
 
+@pytest.mark.points(2)
+def test_costs_below_the_target_take_back_what_costs_above_it_brought():
+    law = controller(ki=0.01)
+    got = run(law, [50, 0], gradient_steps=5)
+    above = 0.01 * 5 * 3
+    require_close(
+        "the multiplier of ki after costs of 50 and 0",
+        got[1],
+        (1 - LEAK) * above - 0.01 * 5 * 2,
+        {"does not fall: errors below 0 count too": (1 - LEAK) * above},
+    )
+    law = controller(kp=1.0)
+    law.start(2.0)
+    require_close(
+        "the multiplier of kp and an integral of 2, after a cost of 0",
+        law.update(0),
+        2 * (1 - LEAK) - 0.2,
+        {"does not fall: the moving average may be below 0": 2 * (1 - LEAK)},
+    )
+    law = controller(kp=1.0, ki=0.1)
+    law.error_ema = 0.5
+    require_close(
+        "the multiplier while the integral is at its floor",
+        law.update(0),
+        0.9 * 0.5 - 0.2,
+        {"is that of the integral before it was cut": 0.9 * 0.5 - 0.4},
+    )
+    law = controller(kp=1.0, margin=1.0)
+    law.update(50)
+    require_close(
+        "the multiplier with a margin",
+        law.multiplier,
+        0.1 * (50 - law.target_cost) / 10,
+        {"aims at the limit, not at the target": 0.3},
+    )
+
+
 @pytest.mark.points(3)
 def test_the_integral_stays_between_0_and_the_largest_multiplier():
     law = controller(ki=0.1)
@@ -113,6 +150,16 @@ def test_the_derivative_answers_to_rising_costs_only():
             "takes costs in their own unit, not in cost_unit": [10 * value for value in right],
         },
     )
+    law = controller(kd=1.0, d_delay=2)
+    law.start(2.0)
+    run(law, [100, 100, 0, 0])
+    kept = 2 * (1 - LEAK) ** 4
+    require_close(
+        "the multiplier of kd and an integral, after falling costs",
+        law.multiplier,
+        kept,
+        {"falls with the costs: only their rise counts": kept + c[3] - c[1]},
+    )
 
 
 @pytest.mark.points(1)
@@ -128,31 +175,47 @@ def test_the_three_terms_add_up_in_the_multipliers_unit():
 
 @pytest.mark.points(2)
 def test_above_the_target_the_gains_grow_up_to_their_bound():
-    law = controller(0.1, 0.2, 0.3, adapt_rate=0.05)
-    law.update(40)  # m = 40, s = 0: f = 1 + 0.05 (40 - 20) / 40
+    law = controller(0.1, 0.2, 0.3, adapt_rate=0.04)
+    law.integral = 1.0
+    law.update(40)  # m = 40, s = 0: f = 1 + 0.04 (40 - 20) / 40
     require_close(
         "the gains after one block of 40",
         law.gains,
-        [0.1025, 0.205, 0.3],
+        [0.102, 0.204, 0.3],
         {
             "have not changed": [0.1, 0.2, 0.3],
-            "grow by the same factor: kd follows the spread": [0.1025, 0.205, 0.3075],
-            "shrink": [0.1 / 1.025, 0.2 / 1.025, 0.3],
-            "have not the target in the factor's divisor": [0.105, 0.21, 0.3],
+            "grow by the same factor: kd follows the spread": [0.102, 0.204, 0.306],
+            "shrink": [0.1 / 1.02, 0.2 / 1.02, 0.3],
+            "have not the mean in the factor's divisor": [0.104, 0.208, 0.3],
         },
+    )
+    grown = (1 - LEAK) + 0.2 * 2
+    require_close(
+        "the integral above the target",
+        law.integral,
+        grown,
+        {"grows by the factor too: it unwinds below the target only": 1.02 * grown},
     )
     law.update(60)  # m = 50, s = 10
     require_close(
         "kd after costs of 40 and 60",
         law.gains[2],
-        0.3 * (1 + 0.05 * 0.2),
+        0.3 * (1 + 0.04 * 0.2),
         {"does not follow the spread of the costs": 0.3},
     )
+    law = controller(0.1, 0.2, 0.3, adapt_rate=0.04)
+    run(law, [0, 0, 100])  # m = 33, s = 47
+    require_close(
+        "kd after costs of 0, 0 and 100",
+        law.gains[2],
+        0.3 * 1.04,
+        {"grows by more than adapt_rate: s / m counts as at most 1": 0.3 * (1 + 0.04 * 2**0.5)},
+    )
     run(law, [1000] * 400)
+    found = [round(gain, 3) for gain in law.gains]
     require(
         all(gain <= 10 * first + 1e-9 for gain, first in zip(law.gains, law.first_gains, strict=True)),
-        f"the gains grow to {[round(gain, 3) for gain in law.gains]}: beyond max_growth (10) times their "
-        "first values",
+        f"the gains grow to {found}: beyond max_growth (10) times their first values",
     )
     require_close("kp after 400 blocks of 1000", law.gains[0], 1.0, {})
 
@@ -161,27 +224,21 @@ def test_above_the_target_the_gains_grow_up_to_their_bound():
 def test_below_the_target_the_integral_unwinds_and_the_gains_return():
     law = controller(0.1, 0.2, 0.3, adapt_rate=0.05)
     law.integral = 2.0
-    law.gains = [0.2, 0.2, 0.3]
-    law.adapt_rate = 0.0
-    law.update(10, gradient_steps=0)
-    kept = law.integral
-    law.adapt_rate = 0.05
-    law.costs.clear()
+    law.gains = [0.2, 0.2, 0.4]
+    law.target_cost = 20.0
     law.costs.append(10)
     law.adapt()  # f = 1 + 0.05 (10 - 20) / 20 = 0.975
     require_close(
-        "the integral below the target",
-        law.integral,
-        0.975 * kept,
-        {"does not unwind": kept, "grows": 1.025 * kept},
+        "the integral below the target", law.integral, 0.975 * 2, {"does not unwind": 2.0, "grows": 1.025 * 2}
     )
     require_close(
         "the gains below the target",
         law.gains,
-        [0.195, 0.2, 0.3],
+        [0.195, 0.2, 0.39],
         {
-            "shrink below their first values: each has its floor there": [0.195, 0.195, 0.2925],
-            "have not changed": [0.2, 0.2, 0.3],
+            "shrink below their first values: each has its floor there": [0.195, 0.195, 0.39],
+            "have not changed": [0.2, 0.2, 0.4],
+            "shrink but for kd": [0.195, 0.2, 0.4],
         },
     )
     law = controller(0.1, 0.2, 0.3, adapt_rate=0.05)

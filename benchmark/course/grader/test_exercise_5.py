@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checks import CONSTANTS, TableActor, require, require_close, require_shape
+from checks import CONSTANTS, SLOPE, TableActor, require, require_close, require_shape
 
 import marvel_sac_pid
 
@@ -83,14 +83,18 @@ def test_the_actor_learns_through_its_action():
     require(
         gradient is not None, "the loss has no gradient in the actor's parameters: is the action detached?"
     )
-    right = 2 * (MULTIPLIER * 3 - 4) / (1 + KAPPA * MULTIPLIER)  # the mean of the states is 2
+    divisor = 1 + KAPPA * MULTIPLIER
+    through_action = 2 * (MULTIPLIER * 3 - 4) / divisor  # the mean of the states is 2
+    right = through_action + ALPHA * SLOPE / divisor
     require_close(
         "the slope of the loss in the actor's parameter",
         gradient,
         right,
         {
             "has the wrong sign: the actor climbs": -right,
-            "is that of Q alone: Qc is detached": 2 * -4 / (1 + KAPPA * MULTIPLIER),
-            "is that of Qc alone: Q is detached": 2 * MULTIPLIER * 3 / (1 + KAPPA * MULTIPLIER),
+            "lacks the entropy's part: log π is detached inside the loss": through_action,
+            "is that of the entropy alone: the action is detached": ALPHA * SLOPE / divisor,
+            "is that of Q alone: Qc is detached": (2 * -4 + ALPHA * SLOPE) / divisor,
+            "is that of Qc alone: Q is detached": (2 * MULTIPLIER * 3 + ALPHA * SLOPE) / divisor,
         },
     )

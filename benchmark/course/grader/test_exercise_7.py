@@ -12,7 +12,7 @@ OBS = torch.tensor([[1.0], [2.0]])
 
 
 class Actor(torch.nn.Module):
-    """Draws 1, 2, 3, ... in the order in which it is asked for actions: all are different."""
+    """Draws 10 s + 1, 10 s + 2, ... as it is asked: an action tells its state s and its number."""
 
     def __init__(self):
         super().__init__()
@@ -20,9 +20,9 @@ class Actor(torch.nn.Module):
         self.drawn = 0
 
     def forward(self, obs):
-        act = self.scale * (self.drawn + torch.arange(1.0, len(obs) + 1))[:, None]
+        number = self.drawn + torch.arange(1.0, len(obs) + 1)[:, None]
         self.drawn += len(obs)
-        return act, torch.zeros(len(obs))
+        return self.scale * (10 * obs + number), torch.zeros(len(obs))
 
 
 class Vae(torch.nn.Module):
@@ -35,20 +35,34 @@ class Vae(torch.nn.Module):
 
     def encode(self, obs, act):
         require(len(obs) == len(act), f"the VAE is given {len(obs)} states and {len(act)} actions")
+        require_pairs("the VAE", obs, act)
         odd = act.detach()[:, 0].round() % 2
         kl = 2 * odd if self.kl is None else torch.full((len(act),), self.kl)
         return None, None, kl * self.weight
 
 
 class Qc(torch.nn.Module):
-    """weight times the state, whatever the action: 4 in the first, 8 in the second (or more)."""
+    """weight times the state, and a little for the action's number; `asked` are the pairs it was given."""
 
     def __init__(self, weight=4.0):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(weight))
+        self.asked = []
 
     def forward(self, obs, act):
-        return (self.weight * obs[:, 0] + 0 * act.sum(-1))[None]
+        require_pairs("Qc", obs, act)
+        number = act[:, 0] - 10 * obs[:, 0]
+        self.asked += list(zip(obs[:, 0].tolist(), act[:, 0].tolist(), strict=True))
+        return (self.weight * obs[:, 0] + 0.01 * number)[None]
+
+
+def require_pairs(who, obs, act):
+    """Every action with the state that it was drawn for."""
+    number = act.detach()[:, 0] - 10 * obs[:, 0]
+    require(
+        ((number > 0) & (number <= N * len(OBS))).all(),
+        f"{who} is given actions that were drawn for other states",
+    )
 
 
 def penalty(qc_weight=4.0, kl=None):
@@ -63,14 +77,25 @@ def penalty(qc_weight=4.0, kl=None):
     return got, share, networks
 
 
+def mean_hinge(qc, weight, unknown=lambda action: True, over_all=False):
+    """By hand, from the pairs that Qc was asked about."""
+    pairs = [(state, action) for state, action in qc.asked if unknown(action)]
+    values = hinge(*(weight * state + 0.01 * (action - 10 * state) for state, action in pairs))
+    return sum(values) / (len(qc.asked) if over_all else len(values))
+
+
+def odd(action):
+    return round(action) % 2 == 1
+
+
 def hinge(*values):
     return [max(0.0, HINGE * QC_THRESHOLD - value) for value in values]
 
 
 @pytest.mark.points(3)
 def test_the_penalty_is_the_mean_over_unknown_actions():
-    got, share, _ = penalty(kl=2.0)  # all are unknown: three of Qc = 4 and three of 8
-    right = sum(hinge(4, 8)) / 2
+    got, share, (_, _, qc) = penalty(qc_weight=2.0, kl=2.0)  # all are unknown: three of Qc = 2 and three of 4
+    right = mean_hinge(qc, 2)
     require_close(
         "the penalty of six unknown actions",
         got,
@@ -78,16 +103,21 @@ def test_the_penalty_is_the_mean_over_unknown_actions():
         {
             "has the wrong sign": -right,
             "is the sum, not the mean": 6 * right,
-            "is that of the threshold without its factor": (6 + 2) / 2,
-            "asks it of the mean of Qc, not of every action": hinge(6)[0],
+            "is that of the threshold without its factor": right + (1 - HINGE) * QC_THRESHOLD,
         },
     )
     require_close("the share of unknown actions", share, 1.0, {"is that of the known ones": 0.0})
-    got, share, _ = penalty()  # every second is unknown
-    require_close("the share of unknown actions", share, 0.5, {})
-    require(
-        hinge(8)[0] - 1e-4 <= got.item() <= hinge(4)[0] + 1e-4,
-        f"the penalty {got.item():.3g} is no mean over the unknown actions: is it divided by all of them?",
+    got, share, (_, _, qc) = penalty(qc_weight=2.0)
+    require_close("the share of unknown actions", share, sum(odd(action) for _, action in qc.asked) / 6, {})
+    require_close(
+        "the penalty where half are unknown",
+        got,
+        mean_hinge(qc, 2, odd),
+        {
+            "is divided by all pairs, not by the unknown ones": mean_hinge(qc, 2, odd, over_all=True),
+            "counts the known actions": mean_hinge(qc, 2),
+            "counts the known actions instead": mean_hinge(qc, 2, lambda action: not odd(action)),
+        },
     )
     got, share, _ = penalty(kl=0.5)
     require_close("the penalty without unknown actions", got, 0.0, {"counts the known actions": right})
@@ -96,33 +126,29 @@ def test_the_penalty_is_the_mean_over_unknown_actions():
 
 @pytest.mark.points(2)
 def test_nothing_is_gained_above_the_threshold():
-    got, _, (_, _, qc) = penalty(qc_weight=12.0, kl=2.0)  # 12 and 24: both above
+    got, _, (_, _, qc) = penalty(qc_weight=14.0, kl=2.0)  # 14 and 28: both above
+    require_close("the penalty where Qc is above the threshold", got, 0.0, {})
+    require(got.item() >= 0, "the penalty is negative: lifting Qc further would pay")
+    got, _, (_, _, qc) = penalty(qc_weight=6.0, kl=2.0)  # 6 and 12, or one of them above
+    mean = sum(6 * state + 0.01 * (action - 10 * state) for state, action in qc.asked) / len(qc.asked)
     require_close(
-        "the penalty where Qc is above the threshold",
+        "the penalty of actions below and above",
         got,
-        sum(hinge(12, 24)) / 2,
-        {"is negative: lifting Qc further would pay": HINGE * QC_THRESHOLD - 18},
-    )
-    got, _, _ = penalty(qc_weight=8.0, kl=2.0)  # 8 and 16
-    require_close(
-        "the penalty of one action below and one above",
-        got,
-        sum(hinge(8, 16)) / 2,
-        {"lets one action pay for another": max(0.0, HINGE * QC_THRESHOLD - 12)},
+        mean_hinge(qc, 6),
+        {"lets one action pay for another": hinge(mean)[0]},
     )
 
 
 @pytest.mark.points(3)
 def test_qc_learns_from_it_and_actor_and_vae_do_not():
-    got, _, (actor, vae, qc) = penalty(kl=2.0)
+    got, _, (actor, vae, qc) = penalty(qc_weight=2.0, kl=2.0)
     require(
         got.requires_grad, "the penalty has no gradient: it does nothing to Qc (the defect of OSRL's CPQ)"
     )
     got.backward()
     require(qc.weight.grad is not None, "Qc has no gradient: is its value detached?")
-    right = -sum(obs for obs, value in ((1, 4), (2, 8)) if value < HINGE * QC_THRESHOLD) / 2
     require_close(
-        "the slope of the penalty in Qc's parameter", qc.weight.grad, right, {"has the wrong sign": -right}
+        "the slope of the penalty in Qc's parameter", qc.weight.grad, -1.5, {"has the wrong sign": 1.5}
     )
     for name, parameter in ("the actor", actor.scale), ("the VAE", vae.weight):
         require(
