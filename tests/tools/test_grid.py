@@ -76,7 +76,7 @@ def test_a_run_whose_worker_is_killed_goes_on_and_gives_the_same_bytes(small_gri
     folder = tmp_path / "killed/work" / TASK / "from-scratch/seed0"
     killer = os.fork()
     if killer == 0:
-        deadline = time.time() + 120
+        deadline = time.time() + 300
         while time.time() < deadline:
             worker = worker_of(folder)
             if worker and (folder / "checkpoint.pt").exists():
