@@ -71,16 +71,21 @@ def test_a_blank_fails_all_of_its_own_tests_and_no_other(folders, number):
     }
 
 
+def with_bodies(script, number, bodies):
+    """A script with other texts between the marks of an exercise, in the order of the file."""
+    holes = make.bodies(script, number)
+    for hole, body in reversed(list(zip(holes, bodies, strict=True))):
+        script = script[: hole.start("body")] + body + script[hole.end("body") :]
+    return script
+
+
 def refilled(blanks, solved, numbers):
     """The blanks with the bodies of the solved scripts."""
     scripts = dict(blanks)
     for number in numbers:
         for path in scripts:
-            holes, bodies = make.bodies(scripts[path], number), make.bodies(solved[path], number)
-            assert len(holes) == len(bodies)
-            for hole, body in reversed(list(zip(holes, bodies, strict=True))):
-                before, after = scripts[path][: hole.start("body")], scripts[path][hole.end("body") :]
-                scripts[path] = before + body["body"] + after
+            bodies = [found["body"] for found in make.bodies(solved[path], number)]
+            scripts[path] = with_bodies(scripts[path], number, bodies)
     return scripts
 
 
@@ -468,8 +473,7 @@ def test_a_right_solution_in_other_words_gets_all_points(folders, number):
     scripts, _, _ = make.assignment(ALL, 0)
     own = scripts[ONLINE]
     for path in EXERCISES[number].tasks if number == 1 else [ONLINE]:
-        for hole, body in reversed(list(zip(make.bodies(scripts[path], number), RIGHT[number], strict=True))):
-            scripts[path] = scripts[path][: hole.start("body")] + body + scripts[path][hole.end("body") :]
+        scripts[path] = with_bodies(scripts[path], number, RIGHT[number])
     assert scripts[ONLINE] != own
     passed, failed = grade(folders[0], scripts, "-m", f"exercise_{number}")
     assert passed and not failed, failed
