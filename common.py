@@ -94,6 +94,8 @@ OPTION_BOUNDS = {
     "mmd_limit": (0, 1e9),
     "jump_start_share": (0, 1),
     "temperature": (1e-9, 1e9),
+    "exploration_noise": (0.0068, 7.3),
+    "policy_delay": (1, 1e9),
     "target_noise": (0, 1e9),
     "noise_clip": (0, 1e9),
     "critic_updates": (1, 1e9),

@@ -1,4 +1,4 @@
-"""JSRL, PEX and SO2: what makes each the method it is. What they share with Marvel is in test_wiring."""
+"""JSRL, PEX, SO2, RLPD and Marvel on TD3: what makes each the method it is. The rest is in test_wiring."""
 
 import math
 
@@ -8,17 +8,21 @@ import torch
 from scipy.stats import norm
 from tiny import (
     HORIZON,
+    ONLINE,
+    SOURCE,
     StubActor,
     constant_actor,
     evaluation_of,
     new_run,
     of,
+    options_of,
     run,
     start_from,
     steps_of,
 )
 
-from benchmark.baselines import jsrl, pex, so2
+import marvel_sac_pid
+from benchmark.baselines import jsrl, marvel_td3_pid, pex, rlpd, so2
 
 OFFLINE_U = (0.5, -0.3)  # the offline policy always plays tanh of it, nearly
 
@@ -204,3 +208,123 @@ def test_every_update_of_the_critics_has_a_batch_and_noise_of_its_own():
     calls = of(run("so2"), "perturbed_targets")
     assert {(call.noise_std, call.noise_clip) for call in calls} == {(0.2, 0.5)}
     assert len({call.batch["observations"].numpy().tobytes() for call in calls}) == len(calls)
+
+
+# --- RLPD ---
+def test_critics_layers_are_normalised_before_their_activation():
+    """By numpy, network by network: z of two layers has mean 0 and variance 1 over the units of a state."""
+    torch.manual_seed(0)
+    critic = rlpd.Critic(2, 3, 1)
+    obs, act = torch.randn(5, 3), torch.randn(5, 1)
+    with torch.no_grad():
+        values = critic(obs, act).numpy()
+    weights, biases = ([x.detach().numpy() for x in group] for group in (critic.weights, critic.biases))
+    for k in range(2):
+        x = np.concatenate([obs, act], 1)
+        for layer in range(2):
+            z = x @ weights[layer][k] + biases[layer][k]
+            z = (z - z.mean(1, keepdims=True)) / np.sqrt(z.var(1, keepdims=True) + 1e-5)
+            x = np.maximum(z, 0)
+        np.testing.assert_allclose(values[k], (x @ weights[2][k] + biases[2][k])[:, 0], atol=1e-5)
+
+
+def test_normalised_critics_stay_bounded_far_from_the_data():
+    """A hundred times as far, a plain critic's values grow about a hundred times: these hardly do."""
+    torch.manual_seed(0)
+    obs, act = torch.randn(64, 3), torch.randn(64, 1)
+    for script, low, high in (rlpd, 0.0, 3.0), (pex, 20.0, 200.0):
+        critic = script.Critic(1, 3, 1)
+        with torch.no_grad():
+            near, far = critic(obs, act).std(), critic(100 * obs, 100 * act).std()
+        assert low < float(far / near) < high
+
+
+def test_marvels_script_refuses_critics_that_are_normalised(refusal, tmp_path):
+    options = {**options_of("marvel"), "checkpoint": f"{run('rlpd').args.run_dir}/checkpoint.pt"}
+    args = marvel_sac_pid.Args(**{**options, "run_dir": str(tmp_path / "run")})
+    assert "activation is relu of normalised layers" in refusal(marvel_sac_pid.main, args)
+
+
+# --- TD3 ---
+def test_smoothed_targets_are_values_at_the_mean_action_and_clipped_noise():
+    """The policy's own noise, large here, has no part in them."""
+    actor = constant_actor(marvel_td3_pid, [math.atanh(0.3)], [1.0])
+    n = 20_000
+    batch, q = random_batch(n, obs_dim=1), Recorder()
+    y, yc = marvel_td3_pid.smoothed_targets(batch, actor, q, lambda obs, act: 5 * act.T, 0.9, 0.2, 0.5, 0.2)
+    a = q.act[:, 0]
+    noise = (a - 0.3).numpy()
+    assert np.abs(noise).max() <= 0.5 + 1e-6
+    for quantile in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert np.quantile(noise, quantile) == pytest.approx(0.2 * norm.ppf(quantile), abs=0.01)
+    go_on = 0.9 * (torch.arange(n) % 3 != 0)
+    torch.testing.assert_close(y, batch["rewards"] + go_on * torch.minimum(3 * a, 2 * a + 1))
+    torch.testing.assert_close(yc, batch["costs"] + go_on * (5 * a).clamp(0, 2))
+    marvel_td3_pid.smoothed_targets(batch, actor, q, lambda obs, act: 5 * act.T, 0.9, 5.0, 9.0, 0.2)
+    assert float(q.act.min()) == -1 and float(q.act.max()) == 1
+
+
+def test_deterministic_actor_climbs_the_penalised_value_at_its_mean_action():
+    """d/du of -(min Q - 0.5 Qc) / 1.5 at a = tanh(u) by hand, Q = 3 a and 2 a + 1, Qc = a^2."""
+    actor = constant_actor(marvel_td3_pid, [0.4], [1.0])
+    obs = torch.zeros(7, 1)
+    loss = marvel_td3_pid.actor_loss(obs, actor, Recorder(), lambda obs, act: (act**2).T, 0.5)
+    a = math.tanh(0.4)
+    assert loss.item() == pytest.approx(-(min(3 * a, 2 * a + 1) - 0.5 * a**2) / 1.5, abs=1e-5)
+    loss.backward()
+    slope = 3.0 - 0.5 * 2 * a  # 3 a is the smaller one
+    by_mean, by_log_std = actor.head.bias.grad.tolist()
+    assert by_mean == pytest.approx(-slope * (1 - a**2) / 1.5, abs=1e-5)
+    assert by_log_std == 0
+
+
+def test_td3_starts_from_the_offline_policys_mean_with_its_own_noise():
+    begun, before = new_run("td3", total_timesteps=0).checkpoint, run(SOURCE["td3"]).checkpoint
+    obs = torch.randn(9, 3)
+    for name in ("actor", "trained_actor"):
+        policies = []
+        for weights in (begun[name], before["actor"]):
+            policy = marvel_td3_pid.Actor(3, 2)
+            policy.load_state_dict(weights)
+            policies.append(policy.gaussian(obs))
+        assert torch.equal(policies[0][0], policies[1][0])
+        torch.testing.assert_close(policies[0][1], torch.full((9, 2), math.log(0.1)))
+    for name in ("q", "qc"):  # the critics are those of VPA
+        assert not torch.equal(begun[name]["weights.0"], before[name]["weights.0"])
+
+
+def test_td3_keeps_the_size_of_its_noise_and_plays_it():
+    result = new_run("td3", exploration_noise=0.3, actor_lr=0.01)
+    for name in ("actor", "trained_actor"):
+        weights = result.checkpoint[name]
+        assert (weights["head.weight"][2:] == 0).all()
+        torch.testing.assert_close(weights["head.bias"][2:], torch.full((2,), math.log(0.3)))
+    still = new_run("td3", exploration_noise=0.3, actor_lr=0.0, total_timesteps=2000, utd=1e-9,
+                    checkpoint=start_from((0.5, -0.3)))
+    u = np.arctanh(steps_of(still)["actions"])
+    np.testing.assert_allclose(u.mean(0), (0.5, -0.3), atol=0.03)
+    np.testing.assert_allclose(u.std(0), 0.3, atol=0.02)
+
+
+def test_td3s_actor_and_its_average_step_once_every_policy_delay_and_the_multiplier_counts_those():
+    result = new_run("td3", policy_delay=3, multiplier="dual", lagrange_init=0.5, cost_margin=0.0)
+    lengths = np.diff(result.metrics["env_steps"], prepend=0).astype(int)
+    steps = np.ceil(lengths / 3).astype(int)  # a gradient step of the critics per environment step
+    losses = of(result, "actor_loss")
+    assert len(losses) == steps.sum()
+    np.testing.assert_allclose([call.lagrange_multiplier for call in losses],
+                               np.repeat(result.metrics["lagrange_multiplier"], steps), rtol=1e-5)
+    expected, multiplier, unit = [], 0.5, result.checkpoint["controller"]["unit"]
+    for cost, n in zip(result.metrics["episode_cost"], steps, strict=True):
+        multiplier = max(0.0, multiplier + unit * ONLINE["ki"] * n * (cost - 2.0) / 2.0)
+        expected.append(multiplier)
+    np.testing.assert_allclose(result.metrics["lagrange_multiplier"], expected, rtol=1e-5)
+    average = losses[0].actor_parameters
+    for call in losses[1:]:
+        average = (1 - ONLINE["actor_tau"]) * average + ONLINE["actor_tau"] * call.actor_parameters
+    last = new_run("td3", policy_delay=3, multiplier="dual", lagrange_init=0.5, cost_margin=0.0)
+    assert len(of(last, "critic_loss")) == lengths.sum() + 12  # VPA's 12
+    targets = of(result, "smoothed_targets")[12:]
+    assert {id(call.actor) for call in targets}.isdisjoint({id(call.actor) for call in losses})
+    before_the_last = targets[-1 - (lengths[-1] - 1) % 3]  # the targets of the actor's last step
+    torch.testing.assert_close(before_the_last.actor_parameters, average)

@@ -33,7 +33,7 @@ from tiny import (
 import common
 import marvel_sac_pid
 
-ONLINE_KINDS = ("marvel", "rollouts", "scratch", "jsrl", "pex", "so2")
+ONLINE_KINDS = ("marvel", "rollouts", "scratch", "jsrl", "pex", "so2", "rlpd", "td3")
 VPA_ROLLOUTS = 20  # two episodes, the first that reach 15 steps
 CRITIC_UPDATES = {"so2": 3}  # per gradient step
 COST_LIMIT = 2.0
@@ -58,14 +58,14 @@ def flat(weights):
 
 def vpa_steps(kind):
     """Gradient steps before the online ones in the run of a kind."""
-    return VPA["vpa_steps"] if kind in ("marvel", "rollouts") else 0
+    return VPA["vpa_steps"] if kind in ("marvel", "rollouts", "td3") else 0
 
 
 def blocks(kind, result=None, function="critic_loss"):
     """(steps before, steps after, calls of a function of critic updates) of every block of one episode."""
     result = result or run(kind)
     calls, before = of(result, function)[vpa_steps(kind):], 0
-    waits = {"rollouts": VPA_ROLLOUTS + 1, "scratch": 15, "jsrl": 15}.get(kind, 0)
+    waits = {"rollouts": VPA_ROLLOUTS + 1, "scratch": 15, "jsrl": 15, "rlpd": 15}.get(kind, 0)
     for after in result.metrics["env_steps"].astype(int):
         n = (after - before) * CRITIC_UPDATES.get(kind, 1) if after >= waits else 0
         yield before, after, calls[:n]
@@ -106,7 +106,7 @@ def test_optimisers_take_the_steps_that_are_asked_for(kind):
             assert taken == {expected.get(name, steps)}, name
 
 
-@kinds("offline", "cpq", "bear_lag", "bc_safe", "marvel", "rollouts", "scratch", "jsrl", "so2")
+@kinds("offline", "cpq", "bear_lag", "bc_safe", "marvel", "rollouts", "scratch", "jsrl", "so2", "rlpd", "td3")
 def test_last_evaluation_is_of_the_final_policy(kind):
     result = run(kind)
     expected = evaluation_of(result, result.checkpoint["actor"])
@@ -142,14 +142,15 @@ def brief(kind):
     if kind == "vpa":
         return [run("marvel", vpa_tau=0.3, vpa_steps=n, total_timesteps=0) for n in (0, 1, 2)]
     options = dict(total_timesteps=1, tau=0.3, ki=0.0)  # or the multiplier would depend on their number
-    options |= {"marvel": dict(vpa_steps=0), "so2": dict(critic_updates=1)}.get(kind, {})
-    options |= dict(learning_starts=1) if kind in ("scratch", "jsrl") else {}
+    options |= {"so2": dict(critic_updates=1)}.get(kind, {})
+    options |= dict(vpa_steps=0) if kind in ("marvel", "td3") else {}
+    options |= dict(learning_starts=1) if kind in ("scratch", "jsrl", "rlpd") else {}
     start = run(kind, **options, utd=1e-9)
     (steps,) = start.metrics["env_steps"]
     return start, *(run(kind, **options, utd=(n + 0.5) / steps) for n in (1, 2))
 
 
-@kinds("offline", "cpq", "bear_lag", "vpa", "marvel", "scratch", "jsrl", "pex", "so2")
+@kinds("offline", "cpq", "bear_lag", "vpa", "marvel", "scratch", "jsrl", "pex", "so2", "rlpd", "td3")
 def test_target_networks_go_the_share_tau_of_the_way_after_every_step(kind):
     start, *later = (result.checkpoint for result in brief(kind))
     targets = [name for name in start if name.endswith("_target")]
@@ -190,7 +191,7 @@ def test_online_policy_is_a_moving_average_of_the_trained_actor(kind):
     torch.testing.assert_close(flat(policy), average)
 
 
-@kinds("marvel", "so2", "released")
+@kinds("marvel", "so2", "released", "td3")
 def test_finetuning_plays_the_average_not_the_trained_actor(kind):
     """A step of almost nothing leaves the policy where it began, wherever the trained actor goes."""
     result = new_run(kind, actor_tau=1e-9, checkpoint=start_from((0.5, -0.3)))
@@ -260,7 +261,7 @@ def test_actor_follows_the_critics_as_the_same_step_has_left_them(kind):
                    for key, value in network.state_dict().items())
 
 
-@kinds("marvel", "scratch", "jsrl", "pex", "so2")
+@kinds("marvel", "scratch", "jsrl", "pex", "so2", "rlpd")
 def test_online_targets_are_of_the_current_policy_with_its_entropy_and_none_in_the_cost(kind):
     result = run(kind)
     updates = of(result, "actor_loss")
@@ -295,7 +296,7 @@ def test_offline_policy_stays_as_it_was_beside_the_one_that_learns(kind, name):
     assert ("actor" in run(kind).checkpoint) == (kind == "jsrl")
 
 
-@kinds("marvel", "jsrl", "pex", "so2")
+@kinds("marvel", "jsrl", "pex", "so2", "td3")
 def test_checkpoint_of_another_setting_is_refused(kind, refusal, tmp_path):
     script, _ = KINDS[kind]
     options = {**options_of(kind), "run_dir": str(tmp_path / "run")}
@@ -337,14 +338,14 @@ def different(n, draws):
 
 @kinds(*ONLINE_KINDS)
 def test_online_critics_learn_from_all_of_the_replay_so_far(kind):
-    """PEX and SO2 take half of every batch from the dataset, the others nothing."""
+    """PEX, SO2 and RLPD take half of every batch from the dataset, the others nothing."""
     replay, n = steps_of(run(kind)), BOTH["batch_size"]
     for before, after, calls in blocks(kind):
         drawn = []
         for call in calls:
             rows, offline = rows_of(call.batch, replay), rows_of(call.batch, dataset()[0])
             assert ((rows >= 0) != (offline >= 0)).all()
-            assert abs((offline >= 0).sum() - (n / 2 if kind in ("pex", "so2") else 0)) <= 0.5
+            assert abs((offline >= 0).sum() - (n / 2 if kind in ("pex", "so2", "rlpd") else 0)) <= 0.5
             drawn += rows[rows >= 0].tolist()
         if calls:
             assert max(drawn) < after
@@ -352,7 +353,7 @@ def test_online_critics_learn_from_all_of_the_replay_so_far(kind):
             assert before <= max(drawn) or after - before < 4
 
 
-@kinds("offline", "cpq", "bear_lag", "marvel", "rollouts")
+@kinds("offline", "cpq", "bear_lag", "marvel", "rollouts", "td3")
 def test_offline_critics_learn_from_the_dataset_alone(kind):
     """So do the critics in VPA, or from the first rollouts."""
     calls = of(run(kind), "critic_loss")[:vpa_steps(kind) or None]
@@ -371,10 +372,11 @@ def test_vpa_on_rollouts_plays_the_offline_policys_first_episodes_which_count():
     assert np.isnan(result.metrics["lagrange_multiplier"]).tolist()[:3] == [True, True, False]
 
 
-def test_scratch_explores_uniformly_until_learning_starts(monkeypatch):
-    monkeypatch.setattr(marvel_sac_pid.Actor, "numpy_policy",
+@kinds("scratch", "rlpd")
+def test_scratch_explores_uniformly_until_learning_starts(monkeypatch, kind):
+    monkeypatch.setattr(KINDS[kind][0].Actor, "numpy_policy",
                         lambda self: lambda obs, rng=None: np.full(ACT_DIM, 0.25, np.float32))
-    actions = steps_of(new_run("scratch", utd=1e-9, learning_starts=500, total_timesteps=520))["actions"]
+    actions = steps_of(new_run(kind, utd=1e-9, learning_starts=500, total_timesteps=520))["actions"]
     explored = actions[:500]
     for one in explored.T:
         assert kstest(one, "uniform", args=(-1, 2)).pvalue > 0.01
@@ -463,7 +465,7 @@ def test_multiplier_takes_the_mean_cost_of_a_blocks_episodes_once(aligned):
     np.testing.assert_allclose(metrics["lagrange_multiplier"], expected, rtol=1e-5)
 
 
-@kinds("marvel", "rollouts", "scratch", "jsrl", "pex")
+@kinds("marvel", "rollouts", "scratch", "jsrl", "pex", "rlpd", "td3")
 def test_actor_gets_the_multiplier_as_this_blocks_update_left_it(kind):
     result, given = run(kind), iter(of(run(kind), "actor_loss"))
     for (_, _, calls), logged in zip(blocks(kind), result.metrics["lagrange_multiplier"], strict=True):
@@ -472,7 +474,7 @@ def test_actor_gets_the_multiplier_as_this_blocks_update_left_it(kind):
     assert len(set(result.metrics["lagrange_multiplier"])) > 2
 
 
-@kinds("scratch", "jsrl")
+@kinds("scratch", "jsrl", "rlpd")
 def test_multiplier_waits_until_learning_starts(kind):
     metrics = run(kind, seed=3).metrics
     waiting = metrics["env_steps"] < 15
@@ -516,7 +518,7 @@ def test_first_multiplier_and_first_update(aligned, start):
     assert metrics["lagrange_multiplier"][0] == pytest.approx(expected, rel=1e-5)
 
 
-@kinds("scratch", "jsrl", "pex", "so2")
+@kinds("scratch", "jsrl", "pex", "so2", "rlpd")
 def test_multiplier_has_the_unit_1_where_no_critics_are_aligned(kind):
     result = run(kind)
     assert result.checkpoint["controller"]["unit"] == 1.0

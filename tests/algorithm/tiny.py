@@ -15,7 +15,17 @@ import torch
 import common
 import marvel_sac_pid
 import offline_pretrain
-from benchmark.baselines import bc_safe, bear_lag, cpq, jsrl, marvel_released_pid, pex, so2
+from benchmark.baselines import (
+    bc_safe,
+    bear_lag,
+    cpq,
+    jsrl,
+    marvel_released_pid,
+    marvel_td3_pid,
+    pex,
+    rlpd,
+    so2,
+)
 from benchmark.tools.curves import read_metrics
 from benchmark.tools.export_dataset import write_dataset
 
@@ -101,8 +111,10 @@ KINDS = {
     "jsrl": (jsrl, {**ONLINE, "learning_starts": 15}),
     "pex": (pex, ONLINE),
     "so2": (so2, {**ONLINE, "critic_updates": 3, "target_noise": 0.2, "noise_clip": 0.5}),
+    "rlpd": (rlpd, {**ONLINE, "learning_starts": 15}),
+    "td3": (marvel_td3_pid, {**ONLINE, **VPA, "policy_delay": 1, "target_noise": 0.25, "noise_clip": 0.4}),
 }
-SOURCE = {"marvel": "offline", "rollouts": "offline", "released": "offline",
+SOURCE = {"marvel": "offline", "rollouts": "offline", "released": "offline", "td3": "offline",
           "jsrl": "bear_lag", "pex": "bear_lag", "so2": "bear_lag"}  # whose checkpoint a run starts from
 RECORDED = ("_targets", "_loss", "_shortfall", "_likelihood", "composed_policy")  # ends of names
 

@@ -12,7 +12,7 @@ import pytest
 
 import marvel_sac_pid
 import offline_pretrain
-from benchmark.baselines import bc_safe, bear_lag, cpq, jsrl, pex, so2
+from benchmark.baselines import bc_safe, bear_lag, cpq, jsrl, marvel_td3_pid, pex, rlpd, so2
 
 pytestmark = pytest.mark.pins
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,15 +20,31 @@ SCRIPTS = {"marvel_sac_pid.py": marvel_sac_pid, "offline_pretrain.py": offline_p
            "benchmark/baselines/cpq.py": cpq, "benchmark/baselines/bear_lag.py": bear_lag,
            "benchmark/baselines/bc_safe.py": bc_safe,
            "benchmark/baselines/jsrl.py": jsrl, "benchmark/baselines/pex.py": pex,
-           "benchmark/baselines/so2.py": so2}
-ONLINE, OFFLINE = {jsrl, pex, so2}, {offline_pretrain, cpq, bear_lag, bc_safe}
+           "benchmark/baselines/so2.py": so2, "benchmark/baselines/rlpd.py": rlpd,
+           "benchmark/baselines/marvel_td3_pid.py": marvel_td3_pid}
+ONLINE, OFFLINE = {jsrl, pex, so2, rlpd, marvel_td3_pid}, {offline_pretrain, cpq, bear_lag, bc_safe}
 # names that stand for the same thing only among the scripts of one group
 OWN_TO_A_METHOD = {"Args", "main", "actor_loss"}
 # what a baseline may change of Marvel's options: those it has not, those it adds, other defaults
-WITHOUT = {jsrl: {"dataset_path"}, pex: {"learning_starts"}, so2: {"learning_starts"}}
-ADDED = {jsrl: ["jump_start_share"], pex: ["temperature"],
-         so2: ["target_noise", "noise_clip", "critic_updates"]}
-OTHER_DEFAULTS = {jsrl: {"lagrange_init", "alpha"}, pex: {"lagrange_init"}, so2: {"lagrange_init"}}
+OWN_TO_VPA = {"vpa_steps", "vpa_tau", "vpa_alpha", "vpa_alpha_cost", "vpa_data", "vpa_critics"}
+WITHOUT = {jsrl: OWN_TO_VPA | {"dataset_path"}, pex: OWN_TO_VPA | {"learning_starts"},
+           so2: OWN_TO_VPA | {"learning_starts"}, rlpd: OWN_TO_VPA | {"checkpoint"},
+           marvel_td3_pid: {"vpa_alpha", "vpa_alpha_cost", "vpa_data", "vpa_critics", "learning_starts",
+                            "alpha", "autotune"}}
+ADDED = {jsrl: ["jump_start_share"], pex: ["temperature"], rlpd: [],
+         so2: ["target_noise", "noise_clip", "critic_updates"],
+         marvel_td3_pid: ["policy_delay", "exploration_noise", "target_noise", "noise_clip"]}
+OTHER_DEFAULTS = {jsrl: {"lagrange_init", "alpha"}, pex: {"lagrange_init"}, so2: {"lagrange_init"},
+                  rlpd: {"lagrange_init", "alpha"}, marvel_td3_pid: {"utd"}}
+# marked steps of main that a method leaves as they are
+SAME_STEPS = {
+    jsrl: {"Seeding and task", "Target networks and optimisers", "Update actor", "Update entropy weight"},
+    pex: {"Seeding and task", "Target networks and optimisers", "Update actor", "Update entropy weight"},
+    so2: {"Seeding and task", "Target networks and optimisers", "Update actor"},
+    rlpd: {"Seeding and task", "Networks", "Target networks and optimisers", "Update actor",
+           "Update entropy weight", "Update target networks", "Average the actor", "Evaluate, log, save"},
+    marvel_td3_pid: {"Seeding and task", "Networks", "Align the multiplier: its unit, and where it begins",
+                     "Collect full episodes", "Evaluate, log, save"}}
 
 
 def definitions(script):
@@ -65,6 +81,8 @@ def test_what_a_script_shares_with_marvel_is_the_same_text(script):
     assert {"Actor", "Critic", "ReplayBuffer"} <= shared
     if script in ONLINE:
         assert {"PIDLagrangian", "critic_loss", "follow"} <= shared
+    if script is rlpd:
+        shared = shared - {"Critic"}  # its layers are normalised: the test below
     for name in shared:
         ours, theirs = (text_of(getattr(module, name)) for module in (marvel_sac_pid, script))
         assert ours == theirs, name
@@ -73,18 +91,23 @@ def test_what_a_script_shares_with_marvel_is_the_same_text(script):
 @pytest.mark.parametrize(("name", "scripts"), [
     ("VAE", (cpq, bear_lag)), ("log_likelihood", (offline_pretrain, cpq, bc_safe)),
     ("cpq_targets", (offline_pretrain, cpq)),
-    ("actor_loss", (marvel_sac_pid, jsrl, pex, so2)), ("sample_mixed", (pex, so2))])
+    ("actor_loss", (marvel_sac_pid, jsrl, pex, so2, rlpd)), ("sample_mixed", (pex, so2, rlpd))])
 def test_what_some_scripts_share_is_the_same_text(name, scripts):
     assert len({text_of(getattr(script, name)) for script in scripts}) == 1
+
+
+def test_critics_of_rlpd_are_marvels_but_for_the_normalised_layers():
+    text = text_of(rlpd.Critic).replace("(obs, action), with normalised layers.", "(obs, action).")
+    for layer in "01":
+        text = text.replace(f"self.weights[{layer}])\n        x = F.layer_norm(x, x.shape[-1:]).relu_()",
+                            f"self.weights[{layer}]).relu_()")
+    assert text == text_of(marvel_sac_pid.Critic)
 
 
 @pytest.mark.parametrize("script", ONLINE)
 def test_steps_of_a_baseline_that_its_method_leaves_alone_are_marvels(script):
     ours, theirs = sections(marvel_sac_pid), sections(script)
-    same = {"Seeding and task", "Target networks and optimisers", "Update actor", "Update entropy weight"}
-    if script is so2:
-        same.remove("Update entropy weight")  # the targets' step, which follows it, is elsewhere
-    for mark in same:
+    for mark in SAME_STEPS[script]:
         assert theirs[mark] == ours[mark], mark
 
 
@@ -93,7 +116,7 @@ def test_options_of_a_baseline_are_marvels_in_the_same_order_with_the_same_defau
     path = next(path for path, module in SCRIPTS.items() if module is script)
     gone = WITHOUT[script] | {"from_scratch"}
     expected = [name for name, _ in options("marvel_sac_pid.py")
-                if not name.startswith("vpa_") and name not in gone]
+                if name not in gone]
     found = [name for name, _ in options(path)]
     assert [name for name in found if name not in ADDED[script]] == expected
     assert [name for name in found if name in ADDED[script]] == ADDED[script]

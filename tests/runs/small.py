@@ -23,7 +23,17 @@ import torch.utils.tensorboard  # noqa: F401
 import common
 import marvel_sac_pid
 import offline_pretrain
-from benchmark.baselines import bc_safe, bear_lag, cpq, jsrl, marvel_released_pid, pex, so2
+from benchmark.baselines import (
+    bc_safe,
+    bear_lag,
+    cpq,
+    jsrl,
+    marvel_released_pid,
+    marvel_td3_pid,
+    pex,
+    rlpd,
+    so2,
+)
 
 TASK = "small:Small-v0"
 FORK = multiprocessing.get_context("fork")
@@ -105,6 +115,8 @@ def kinds(folder):
         "jsrl": (jsrl, {**ONLINE, **start, "learning_starts": 50}),
         "pex": (pex, {**ONLINE, **dataset, **start}),
         "so2": (so2, {**ONLINE, **dataset, **start, "critic_updates": 2}),
+        "rlpd": (rlpd, {**ONLINE, **dataset, "learning_starts": 50}),
+        "td3": (marvel_td3_pid, {**ONLINE, **dataset, **start, **vpa}),
     }
 
 

@@ -115,7 +115,9 @@ def assert_all_that_is_there_is_good(folder):
     ("marvel", "actor_loss", 20, "vpa_steps 20, env_steps 1[0-9]+"),
     ("rollouts", "critic_loss", 5, "vpa_steps 5, env_steps [5-6][0-9]"),
     ("from scratch", "critic_loss", 15, "env_steps [0-9]+"), ("jsrl", "critic_loss", 15, "env_steps [0-9]+"),
-    ("pex", "critic_loss", 15, "env_steps [0-9]+"), ("so2", "critic_loss", 30, "env_steps [0-9]+")])
+    ("pex", "critic_loss", 15, "env_steps [0-9]+"), ("so2", "critic_loss", 30, "env_steps [0-9]+"),
+    ("rlpd", "critic_loss", 15, "env_steps [0-9]+"), ("td3", "critic_loss", 17, "vpa_steps 17, env_steps 0"),
+    ("td3", "actor_loss", 15, "vpa_steps 20, env_steps [0-9]+")])
 def test_loss_that_is_not_finite_ends_the_run_before_it_is_logged_or_saved(
         tmp_path, monkeypatch, capsys, settings, train, kind, function, call, where):
     script, _ = settings[kind]

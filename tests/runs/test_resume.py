@@ -87,7 +87,8 @@ def assert_resumes_to_the_same_end(script, folder, reference):
     ("rollouts", "environment step", 0.7),
     ("from scratch", "environment step", 0.1), ("from scratch", "gradient step", 0.5),
     ("released", "environment step", 0.7), ("jsrl", "environment step", 0.7),
-    ("pex", "environment step", 0.7), ("so2", "environment step", 0.7)])
+    ("pex", "environment step", 0.7), ("so2", "environment step", 0.7),
+    ("rlpd", "environment step", 0.7), ("td3", "environment step", 0.7), ("td3", "gradient step", 0.1)])
 def test_killed_run_goes_on_to_the_same_end(tmp_path, settings, untouched, kind, what, share):
     script, options = settings[kind]
     reference, counts = untouched(kind)

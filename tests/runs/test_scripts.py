@@ -115,7 +115,7 @@ def test_scripts_name_their_default_folders_after_task_script_and_seed(tmp_path,
         script.main(args_of(script, **{**options, **brief, "seed": 7}))
     folders = {folder.name for folder in (tmp_path / "runs").iterdir()}
     scripts = ("offline_pretrain", "cpq", "bear_lag", "bc_safe", "marvel_sac_pid", "marvel_released_pid",
-               "jsrl", "pex", "so2")
+               "jsrl", "pex", "so2", "rlpd", "marvel_td3_pid")
     assert folders == {f"small:Small-v0__{script}__seed7" for script in scripts}
 
 

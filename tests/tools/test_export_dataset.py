@@ -1,6 +1,7 @@
 """The export writes what was played, in the task's own units, or says in a line why not."""
 
 import hashlib
+from dataclasses import fields
 from importlib import import_module
 
 import gymnasium as gym
@@ -17,7 +18,8 @@ from benchmark.tools.curves import read_metrics
 from benchmark.tools.export_dataset import Args, main, write_dataset
 
 SCRIPTS = {"marvel_sac_pid": marvel_sac_pid} | {
-    name: import_module(f"benchmark.baselines.{name}") for name in ("jsrl", "pex", "so2")}
+    name: import_module(f"benchmark.baselines.{name}")
+    for name in ("jsrl", "pex", "so2", "rlpd", "marvel_td3_pid")}
 TRANSITION = ("observations", "next_observations", "actions", "rewards", "costs", "terminals", "timeouts")
 
 
@@ -78,11 +80,11 @@ def online(ball_file, offline, tmp_path_factory):
     def run(name):
         if name not in runs:
             run_dir = tmp_path_factory.mktemp("runs") / name
-            source = {} if name == "jsrl" else {"dataset_path": str(ball_file)}
-            options = {key: value for key, value in TINY_MARVEL.items()
-                       if name == "marvel_sac_pid" or not key.startswith("vpa")}
-            args = SCRIPTS[name].Args(**options | source | {"total_timesteps": 500}, utd=0.1, seed=3,
-                                      reward_scale=0.3, checkpoint=str(offline), run_dir=str(run_dir))
+            options = TINY_MARVEL | dict(total_timesteps=500, utd=0.1, seed=3, reward_scale=0.3,
+                                         checkpoint=str(offline), dataset_path=str(ball_file))
+            known = {field.name for field in fields(SCRIPTS[name].Args)}
+            args = SCRIPTS[name].Args(**{key: value for key, value in options.items() if key in known},
+                                      run_dir=str(run_dir))
             runs[name] = run_dir, watched(lambda: SCRIPTS[name].main(args))
         return runs[name]
 
