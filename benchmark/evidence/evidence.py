@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -66,6 +67,13 @@ METHODS = {
     "jsrl": (BASELINES + "jsrl.py", "offline", ""),
     "pex": (BASELINES + "pex.py", "offline", ""),
     "so2": (BASELINES + "so2.py", "offline", ""),
+    "rlpd": (BASELINES + "rlpd.py", None, ""),
+    # another learner, other starts
+    "marvel-td3": (BASELINES + "marvel_td3_pid.py", "offline", ""),
+    "warm-start-td3": (BASELINES + "marvel_td3_pid.py", "offline", "--vpa-steps 0"),
+    "marvel-from-cpq": (MARVEL, "cpq", ""),
+    "marvel-from-bear-lag": (MARVEL, "bear-lag", ""),
+    "marvel-from-bc-safe": (MARVEL, "bc-safe", ""),
     # as WSRL: the offline policy's own episodes as warm-up, no pre-alignment and no offline data
     "wsrl-lag": (MARVEL, "offline", "--vpa-data rollouts --vpa-steps 0"),
     # what the parts of Marvel bring
@@ -74,7 +82,7 @@ METHODS = {
     "apid-only": (MARVEL, "offline", "--vpa-steps 0 --lagrange-init 0"),
     "fresh-q": (MARVEL, "offline", "--vpa-critics fresh"),
     "no-average": (MARVEL, "offline", "--actor-tau 1"),
-    "fixed": (MARVEL, "offline", "--multiplier fixed --lagrange-init 0.22"),  # where from-scratch settles
+    "fixed": (MARVEL, "offline", "--multiplier fixed"),  # at the multiplier that the task's Marvel settled at
     "as-released": (BASELINES + "marvel_released_pid.py", "offline", AS_RELEASED),
     # the first multiplier; dual-from-bear-lag takes BEAR-Lag's policy and the multiplier that it ended with
     "dual-from-bear-lag": (MARVEL, "bear-lag", "--multiplier dual --lagrange-max 1e6"),
@@ -96,7 +104,9 @@ METHODS = {
 }
 
 
-LAST_MULTIPLIER = "<the multiplier that the start ended with>"  # known only when its run has ended
+# known only when another run has ended
+LAST_MULTIPLIER = "<the multiplier that the start ended with>"
+SETTLED_MULTIPLIER = "<mean multiplier in the second half of Marvel's run>"
 # a process that ends with the one that started it: a worker that is killed leaves no run at work
 FOLLOWER = ("import ctypes, os, signal, sys\n"
             "ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"  # PR_SET_PDEATHSIG
@@ -172,6 +182,9 @@ def run_job(task: str, method: str, seed: int, work: Path) -> Job:
         needs.append(f"{task} {start} seed {seed}")
     if method == "dual-from-bear-lag":
         command += ["--lagrange-init", LAST_MULTIPLIER]
+    if method == "fixed":
+        command += ["--lagrange-init", SETTLED_MULTIPLIER]
+        needs.append(f"{task} marvel seed {seed}")
     command += SETTINGS[task][phase].split() + options.split()
     return Job(f"{task} {method} seed {seed}", tuple(command), tuple(needs), folder / "checkpoint.pt", folder,
                result_file(task, method, seed), start_folder)
@@ -182,12 +195,14 @@ def plan(args: Args, work: Path) -> list[Job]:
     wanted = [(task, method, seed) for task in args.tasks
               for seed in args.seeds or range(int(SETTINGS[task]["seeds"]))
               for method in args.methods or SETTINGS[task]["methods"].split()]
+    wanted += [(task, "marvel", seed) for task, method, seed in wanted if method == "fixed"]
     wanted = [key for key in wanted if not result_file(*key).exists()]
     starts = [(task, METHODS[method][1], seed) for task, method, seed in wanted if METHODS[method][1]]
     # a policy to start from is trained again if its checkpoint is gone
     starts = [key for key in starts
               if not finished(run_job(*key, work).product) or not result_file(*key).exists()]
     offline = [key for key in wanted if METHODS[key[1]][0] in OFFLINE_SCRIPTS]
+    wanted.sort(key=lambda key: key[1] == "fixed")  # after what it needs
     keys = dict.fromkeys([*starts, *offline, *wanted])
     jobs = [dataset_job(task, work) for task in dict.fromkeys(task for task, _, _ in keys)]
     return jobs + [run_job(*key, work) for key in keys]
@@ -239,6 +254,10 @@ def perform(job: Job, *failures: str | None) -> str | None:
     if LAST_MULTIPLIER in command:
         rows = list(csv.DictReader((job.start / "metrics.csv").open()))
         command[command.index(LAST_MULTIPLIER)] = rows[-1]["lagrange_multiplier"]
+    if SETTLED_MULTIPLIER in command:
+        rows = list(csv.DictReader((job.result.parents[1] / "marvel" / job.result.name).open()))
+        settled = statistics.fmean(float(row["lagrange_multiplier"]) for row in rows[len(rows) // 2:])
+        command[command.index(SETTLED_MULTIPLIER)] = f"{settled:.4g}"
     begun_as = {"command": command, "code": code_hash(command[0])}
     note = job.folder / "begun.json"
     goes_on = (note.exists() and json.loads(note.read_text()) == begun_as

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from dsrl import infos
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -34,6 +35,11 @@ OFFLINE = {"offline": "offline_pretrain.py", "cpq": "CPQ", "bear-lag": "BEAR-Lag
 OFFLINE_PARTS = {"offline": "offline_pretrain.py", "cpq": "with CPQ's penalty",
                  "offline-no-imitation": "without imitation", "offline-no-average": "without the average",
                  "offline-one-tau": "Qc's target as slow as Q's"}
+# what the summary over tasks may compare, in its colours
+OVERALL = {"offline": "black", "marvel": "tab:blue", "marvel-td3": "tab:cyan", "warm-start": "tab:orange",
+           "jsrl": "tab:purple", "pex": "tab:brown", "so2": "tab:pink", "rlpd": "tab:olive",
+           "from-scratch": "tab:gray"}
+UTD = {"utd-0.125": 0.125, "utd-0.25": 0.25, "marvel": 0.5, "utd-1": 1.0}
 LIMITS = {"marvel-at-10": 10.0, "marvel": COST_LIMIT, "marvel-at-40": 40.0}
 
 
@@ -66,6 +72,70 @@ def steps_to(run: dict, target: float, window: int = 5) -> float:
             & (rolling_mean(run["episode_cost"], window) <= COST_LIMIT))
     good[: window - 1] = False
     return float(run["env_steps"][np.argmax(good)]) if good.any() else float("nan")
+
+
+def normalized(task: str, run: dict) -> tuple[float, float]:
+    """The last sampled policy's return, 0 to 1 between DSRL's reference returns, and its cost / limit."""
+    name = re.sub("^Safety|Gymnasium|-v[0-9]+$", "", task)
+    low, high = infos.MIN_EPISODE_REWARD[name], infos.MAX_EPISODE_REWARD[name]
+    return (run["eval_sampled_return"][-1] - low) / (high - low), run["eval_sampled_cost"][-1] / COST_LIMIT
+
+
+def interquartile_mean(*samples: np.ndarray) -> float:
+    """The mean of the middle half of all scores (Agarwal et al. 2021)."""
+    return float(stats.trim_mean(np.concatenate(samples), 0.25))
+
+
+def overall_scores(results: dict[str, dict[str, list[dict]]], methods: Iterable[str]) -> dict[str, dict]:
+    """Each method over the tasks that have all of them: tasks, runs, (mean, low, high) of return and of cost.
+
+    Interquartile means, and their 95 % interval from a bootstrap that draws seeds within every task.
+    """
+    tasks = [task for task, runs in results.items() if set(methods) <= set(runs)]
+    scores = {}
+    for method in methods if tasks else ():
+        runs = {task: np.array([normalized(task, run) for run in results[task][method]]) for task in tasks}
+        scores[method] = {"tasks": tasks, "runs": sum(map(len, runs.values()))}
+        for k, what in enumerate(("return", "cost")):
+            samples = [values[:, k] for values in runs.values()]
+            low = high = float("nan")
+            if min(map(len, samples)) > 1:
+                low, high = stats.bootstrap(samples, interquartile_mean, n_resamples=2000, vectorized=False,
+                                            method="percentile", rng=0).confidence_interval
+            scores[method][what] = (interquartile_mean(*samples), low, high)
+    return scores
+
+
+def overall_table(results: dict[str, dict[str, list[dict]]], methods: list[str]) -> list[str]:
+    """The summary over tasks."""
+    scores = overall_scores(results, methods)
+    tasks = ", ".join(re.sub("^Safety|Gymnasium|-v[0-9]+$", "", task)
+                      for score in list(scores.values())[:1] for task in score["tasks"])
+    lines = ["", "", f"| over {tasks} (runs) | normalised return | normalised cost |", "|" + "---|" * 3]
+    for method, score in scores.items():
+        cells = []
+        for what in ("return", "cost"):
+            mean, low, high = score[what]
+            cells.append(f"{mean:.2f}" + (f" ({low:.2f} to {high:.2f})" if np.isfinite(low) else ""))
+        lines.append(f"| {method} ({score['runs']}) | {' | '.join(cells)} |")
+    return lines + [""]
+
+
+def overall_picture(results: dict[str, dict[str, list[dict]]], groups: list[list[str]]) -> None:
+    """Normalised return against normalised cost of the last policies, a panel per group of methods."""
+    groups = [methods for methods in groups if overall_scores(results, methods)]
+    figure = Figure(figsize=(5.5 * len(groups), 3.6), layout="constrained")
+    for axes, methods in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        for method, score in overall_scores(results, methods).items():
+            (x, x_low, x_high), (y, y_low, y_high) = score["cost"], score["return"]
+            errors = dict(xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]])
+            axes.errorbar(x, y, **errors, fmt="o", color=OVERALL[method], label=f"{method} ({score['runs']})",
+                          capsize=2, lw=1)
+        axes.axvline(1, color="k", ls="--", lw=1)
+        names = ", ".join(re.sub("^Safety|Gymnasium|-v[0-9]+$", "", task) for task in score["tasks"])
+        axes.set(title=names, xlabel="cost / limit (left of the line: safe)", ylabel="normalised return")
+        axes.legend(fontsize=8)
+    figure.savefig(RESULTS / "overall.png", dpi=100)
 
 
 def table(task: str, runs: dict[str, list[dict]], methods: Iterable[str] = ()) -> list[str]:
@@ -193,6 +263,28 @@ def limits_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
                       interval([100 * (run["episode_cost"] > limit).mean() for run in seeds]) + " %",
                       interval([window.max() for window in windows]),
                       f"{over} of {sum(map(len, windows))}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines + [""]
+
+
+def gradient_steps_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
+    """Marvel with fewer and more gradient steps, against environment steps and CPU seconds."""
+    lines = ["### Gradient steps per environment step, cost limit 20", "",
+             "| task | gradient steps per environment step (seeds) | sampled return | sampled cost "
+             "| violation regret | worst 20-episode cost | CPU seconds |", "|" + "---|" * 7]
+    for task, runs in results.items():
+        for method, utd in UTD.items() if len(set(UTD) & set(runs)) > 1 else ():
+            seeds = runs.get(method, [])
+            if not seeds:
+                continue
+            worst = [rolling_mean(run["episode_cost"], 20)[19:].max() for run in seeds]
+            took = [json.loads(file.read_text()) for file in (RESULTS / task / method).glob("seed*.json")]
+            seconds = [run["cpu_seconds"] for run in took if not run["resumed"]]
+            cells = [task, f"{utd:g} ({len(seeds)})",
+                     interval([run["eval_sampled_return"][-1] for run in seeds]),
+                     interval([run["eval_sampled_cost"][-1] for run in seeds]),
+                     interval([run["violation_regret"][-1] for run in seeds]), interval(worst),
+                     f"{np.mean(seconds):.0f}" if seconds else ""]
             lines.append("| " + " | ".join(cells) + " |")
     return lines + [""]
 
@@ -335,6 +427,12 @@ def summary(results: dict[str, dict[str, list[dict]]]) -> str:
                      + average_table(results) + short_runs_table(results) + stranger_table() + times_table())
 
 
+def overall_marks() -> list[str]:
+    """The marks of the pages' summaries over tasks, each group of methods once."""
+    texts = "".join(page.read_text() for page in PAGES)
+    return list(dict.fromkeys(re.findall(r"<!-- (overall: .+) -->", texts)))
+
+
 def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
     """A page's text with the tables below its marks made anew."""
     def rows(mark: re.Match) -> str:
@@ -357,6 +455,10 @@ def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
         elif what == "q_alignment" and (RESULTS / "q_alignment.md").exists():
             text = (RESULTS / "q_alignment.md").read_text().splitlines()
             lines = ["", "", *(line for line in text if line.startswith("|")), ""]
+        elif what == "overall":
+            lines = overall_table(results, methods.split())
+        elif what == "gradient steps":
+            lines = gradient_steps_table(results)
         elif kind == "narrow":
             lines = narrow_table(results.get(task, {}), methods.split())
         elif kind == "equal":
@@ -380,6 +482,7 @@ def main() -> None:
     for task, runs in results.items():
         if compared(runs):
             picture(task, runs)
+    overall_picture(results, [re.split(r"[ :]+", mark)[1:] for mark in overall_marks()])
     if any("dual-from-bear-lag" in runs for runs in results.values()):
         mismatch_picture(results)
     print(summary(results))

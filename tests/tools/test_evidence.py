@@ -173,6 +173,21 @@ def test_dual_ascent_starts_from_the_multiplier_that_bear_lag_ended_with(grid):
     assert command[command.index("--lagrange-init") + 1] == "41.25"
 
 
+def test_fixed_multiplier_is_the_mean_of_the_second_half_of_marvels_run(grid):
+    """Which is run first, if it has no result yet."""
+    expected = [("offline_pretrain.py", "offline"), ("marvel_sac_pid.py", "marvel"),
+                ("marvel_sac_pid.py", "fixed")]
+    assert grid.run("fixed") == (0, expected)
+    command = grid.options["fixed"]
+    assert command[command.index("--lagrange-init") + 1] == "41.25"
+    (grid.folder / "results" / TASK / "fixed/seed0.csv").unlink()
+    marvel = grid.folder / "results" / TASK / "marvel/seed0.csv"
+    marvel.write_text("lagrange_multiplier\n9\n9\n9\n1\n2\n4\n")
+    assert grid.run("fixed") == (0, expected[2:])
+    command = grid.options["fixed"]
+    assert command[command.index("--lagrange-init") + 1] == "2.333"
+
+
 def test_missing_dataset_is_collected_first(grid, monkeypatch):
     monkeypatch.setattr(evidence, "DATASETS", grid.folder)
     assert grid.run("marvel")[1][0] == ("collect_dataset.py", TASK)

@@ -128,6 +128,54 @@ def test_table_of_limits_counts_the_windows_over_each_ones_own(results):
     assert row.endswith("| 7 of 21 |")
 
 
+def test_normalised_scores_are_dsrls_and_shares_of_the_limit():
+    """DSRL's reference returns of HalfCheetahVelocity are 5.75 and 2806.93."""
+    last = {"eval_sampled_return": np.array([0.0, 1406.342]), "eval_sampled_cost": np.array([99.0, 5.0])}
+    task = "SafetyHalfCheetahVelocityGymnasium-v1"
+    assert report.normalized(task, last) == pytest.approx((0.5, 0.25), abs=1e-4)
+
+
+def test_interquartile_mean_leaves_the_best_and_worst_quarter_out():
+    scores = np.array([100.0, 1.0, 2.0]), np.array([3.0, 4.0, -50.0, 5.0, 0.0])
+    assert report.interquartile_mean(*scores) == 2.5
+
+
+def test_summary_over_tasks_is_of_the_tasks_that_all_methods_have(results):
+    """Two seeds of returns 70 and 71 at a cost of 3: 0.079 between 0.38 and 881.46, and 0.15 of the limit."""
+    mark = "<!-- overall: offline marvel from-scratch -->\n"
+    head, _, *rows = report.fill_tables(mark, results).splitlines()[1:]
+    assert head == "| over BallCircle (runs) | normalised return | normalised cost |"
+    assert rows[1] == "| marvel (2) | 0.08 (0.08 to 0.08) | 0.15 (0.15 to 0.15) |"
+    results["SafetyCarRun-v0"]["from-scratch"] = results["SafetyBallCircle-v0"]["from-scratch"]
+    head, _, *rows = report.fill_tables(mark, results).splitlines()[1:]
+    assert head.startswith("| over BallCircle, CarRun (runs)") and rows[1].startswith("| marvel (3) | ")
+    assert " to " not in rows[1]  # one seed has no interval
+    assert len(report.fill_tables("<!-- overall: marvel so2 -->\n", results).splitlines()) == 3
+
+
+def test_interval_of_the_summary_draws_seeds_within_tasks():
+    """Two tasks far from each other, seeds near: drawing over all runs would give an interval of 0.5."""
+    def runs(*returns):
+        return [{"eval_sampled_return": np.array([x]), "eval_sampled_cost": np.array([0.0])} for x in returns]
+    results = {"SafetyBallCircle-v0": {"marvel": runs(0.38, 0.38, 9.19, 9.19)},
+               "SafetyCarRun-v0": {"marvel": runs(574.7, 574.7, 570.9, 570.9)}}
+    scores = report.overall_scores(results, ["marvel"])
+    mean, low, high = scores["marvel"]["return"]
+    assert mean == pytest.approx(0.5, abs=0.01) and low > 0.48 and high < 0.52 and low < mean < high
+
+
+def test_table_of_gradient_steps_has_the_seconds_of_runs_that_were_not_interrupted(results, tmp_path):
+    runs = results["SafetyBallCircle-v0"]
+    assert len(report.fill_tables("<!-- gradient steps -->\n", results).splitlines()) == 3
+    runs["utd-1"] = runs["marvel"][:1]
+    folder = tmp_path / "SafetyBallCircle-v0/marvel"
+    for seed, (seconds, resumed) in enumerate([(30, "false"), (1, "true")]):
+        (folder / f"seed{seed}.json").write_text(f'{{"cpu_seconds": {seconds}, "resumed": {resumed}}}')
+    assert report.fill_tables("<!-- gradient steps -->\n", results).splitlines()[3:] == [
+        "| SafetyBallCircle-v0 | 0.5 (2) | 70.5 ± 6.4 | 3.0 ± 0.0 | 10.0 ± 0.0 | 1.5 ± 0.0 | 30 |",
+        "| SafetyBallCircle-v0 | 1 (1) | 70.0 | 3.0 | 10.0 | 1.5 |  |"]
+
+
 def test_narrow_table_has_five_columns_of_the_sampled_policy(results):
     mark = "<!-- narrow SafetyBallCircle-v0: offline so2 marvel -->\n"
     assert report.fill_tables(mark, results).splitlines()[1:] == [
@@ -168,8 +216,9 @@ def test_equal_table_of_what_is_not_there_is_empty_and_an_offline_policy_takes_n
 def test_pictures_of_small_results(results, tmp_path):
     report.picture("SafetyBallCircle-v0", results["SafetyBallCircle-v0"])
     report.mismatch_picture(results)
+    report.overall_picture(results, [["offline", "marvel"], ["marvel", "so2"]])
     made = {file.name for file in tmp_path.glob("*.png")}
-    assert made == {"SafetyBallCircle-v0.png", "lagrangian_mismatch.png"}
+    assert made == {"SafetyBallCircle-v0.png", "lagrangian_mismatch.png", "overall.png"}
 
 
 def test_tables_below_marks_are_filled_and_absent_methods_and_tasks_left_out(results):
