@@ -20,6 +20,8 @@ import csv
 import hashlib
 import json
 import os
+import platform
+import re
 import socket
 import statistics
 import subprocess
@@ -267,10 +269,19 @@ def perform(job: Job, *failures: str | None) -> str | None:
     status, seconds, cpu_seconds = call([command[0], *options], log)
     if status:
         return f"see {log}"
-    took = {"wall_seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "resumed": goes_on}
+    took = {"wall_seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "resumed": goes_on,
+            "processor": processor()}
     write(job.result.with_suffix(".json"), json.dumps(took) + "\n")
     write(job.result, (job.folder / "metrics.csv").read_text())
     return None
+
+
+def processor() -> str:
+    """Its name: another one rounds differently, and the same seed gives other numbers there."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    names = re.findall(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return names[0] if names else platform.machine()
 
 
 def describe_dataset(file: Path) -> str:

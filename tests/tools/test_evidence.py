@@ -120,7 +120,9 @@ def test_an_interrupted_run_goes_on_if_neither_command_nor_code_has_changed(grid
     assert grid.run("from-scratch")[0] == 0
     assert grid.options["from-scratch"][1] != "--resume" and grid.options["from-scratch"][-1] == "--overwrite"
     took = json.loads((grid.folder / "results" / TASK / "from-scratch/seed0.json").read_text())
-    assert took == {"wall_seconds": 12.3, "cpu_seconds": 5.7, "resumed": False}
+    assert took == {"wall_seconds": 12.3, "cpu_seconds": 5.7, "resumed": False,
+                    "processor": evidence.processor()}
+    assert len(took["processor"]) > 3
 
 
 def test_dry_run_prints_the_commands_in_order_and_runs_nothing(grid, capsys):
