@@ -22,10 +22,11 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
+PEER_RESULTS = ROOT / "benchmark/peers/results"
 sys.path.insert(0, str(ROOT))
 from benchmark.tools.curves import read_metrics  # noqa: E402
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "benchmark").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "benchmark").glob("*.md")), ROOT / "benchmark/peers/README.md"]
 COST_LIMIT = 20.0
 COLOURS = {"from-scratch": "gray", "warm-start": "orange", "jsrl": "purple", "pex": "brown", "so2": "pink",
            "vpa-dual": "green", "marvel": "blue"}
@@ -39,6 +40,10 @@ OFFLINE_PARTS = {"offline": "offline_pretrain.py", "cpq": "with CPQ's penalty",
 OVERALL = {"offline": "black", "marvel": "tab:blue", "marvel-td3": "tab:cyan", "warm-start": "tab:orange",
            "jsrl": "tab:purple", "pex": "tab:brown", "so2": "tab:pink", "rlpd": "tab:olive",
            "from-scratch": "tab:gray"}
+PEERS = {"fsrl-theirs": "FSRL's SACLag, its settings", "fsrl-ours": "FSRL's SACLag, ours",
+         "omnisafe-theirs": "OmniSafe's SACPID, its settings", "omnisafe-ours": "OmniSafe's SACPID, ours",
+         "from-scratch": "From Scratch", "marvel": "Marvel"}
+PEER_PANELS = [(x, y) for x in ("env_steps", "cpu_seconds") for y in ("episode_return", "episode_cost")]
 UTD = {"utd-0.125": 0.125, "utd-0.25": 0.25, "marvel": 0.5, "utd-1": 1.0}
 LIMITS = {"marvel-at-10": 10.0, "marvel": COST_LIMIT, "marvel-at-40": 40.0}
 
@@ -340,6 +345,72 @@ def times_table() -> list[str]:
     return lines + [""]
 
 
+def peer_runs(results: dict[str, dict[str, list[dict]]]) -> dict[str, dict[str, list[dict]]]:
+    """Task -> method -> runs of the peers and of ours, with `cpu_seconds` of every episode.
+
+    Ours have the seconds of the whole run only: they are spread evenly over the steps. Marvel's begin with
+    those of the offline policy.
+    """
+    def seconds(task: str, method: str, seed: int) -> float:
+        file = RESULTS / task / method / f"seed{seed}.json"
+        return json.loads(file.read_text())["cpu_seconds"] if file.exists() else float("nan")
+
+    tasks = {}
+    for task in sorted(folder.name for folder in PEER_RESULTS.glob("*")):
+        tasks[task] = {}
+        for method in PEERS:
+            runs = [read_metrics(file) for file in sorted((PEER_RESULTS / task / method).glob("seed*.csv"))]
+            if method in ("marvel", "from-scratch"):
+                runs = results.get(task, {}).get(method, [])
+            for seed, run in enumerate(runs):
+                if "cpu_seconds" not in run:
+                    before = seconds(task, "offline", seed) if method == "marvel" else 0.0
+                    share = run["env_steps"] / run["env_steps"][-1]
+                    run["cpu_seconds"] = before + share * seconds(task, method, seed)
+            if runs:
+                tasks[task][method] = runs
+    return tasks
+
+
+def peers_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
+    """The peers and ours: training episodes in the last tenth of the steps, and what the run took."""
+    lines = ["### Peers, cost limit 20", "",
+             "| task | method (seeds) | env steps | return in the last tenth of the steps | cost there "
+             "| violation regret | CPU seconds |", "|" + "---|" * 7]
+    for task, runs in peer_runs(results).items():
+        for method, seeds in runs.items():
+            cells = [task, f"{PEERS[method]} ({len(seeds)})", f"{seeds[0]['env_steps'][-1]:.0f}"]
+            for what in ("return", "cost"):
+                late = [run["env_steps"] > 0.9 * run["env_steps"][-1] for run in seeds]
+                cells.append(interval([run[f"episode_{what}"][rows].mean()
+                                       for run, rows in zip(seeds, late, strict=True)]))
+            regret = [np.maximum(run["episode_cost"] - COST_LIMIT, 0).sum() for run in seeds]
+            cells.append("" if method.startswith("omnisafe") else interval(regret))  # it logs means only
+            spent = [run["cpu_seconds"][-1] for run in seeds if np.isfinite(run["cpu_seconds"][-1])]
+            cells.append(f"{np.mean(spent):.0f}" if spent else "")
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines + [""]
+
+
+def peers_picture(results: dict[str, dict[str, list[dict]]]) -> None:
+    """Return and cost against environment steps and against CPU seconds, a row of four panels per task."""
+    tasks = peer_runs(results)
+    figure = Figure(figsize=(15, 3.2 * len(tasks)), layout="constrained")
+    grid = figure.subplots(len(tasks), len(PEER_PANELS), squeeze=False)
+    for (task, runs), panels in zip(tasks.items(), grid, strict=True):
+        for method, colour in zip(PEERS, ("red", "orange", "purple", "pink", "gray", "blue"), strict=True):
+            for k, run in enumerate(runs.get(method, [])):
+                for axes, (x, y) in zip(panels, PEER_PANELS, strict=True):
+                    axes.plot(run[x], rolling_mean(run[y], 10), color=f"tab:{colour}", lw=1, alpha=0.7,
+                              label=None if k else PEERS[method])
+        for axes, (x, y) in zip(panels, PEER_PANELS, strict=True):
+            axes.set(title=f"{y.replace('_', ' ')}, {task}", xlabel=x.replace("_", " "))
+            if y == "episode_cost":
+                axes.axhline(COST_LIMIT, color="k", ls="--", lw=1)
+        panels[0].legend(fontsize=7)
+    figure.savefig(RESULTS / "peers.png", dpi=100)
+
+
 def stranger_table() -> list[str]:
     """The runs from an imported policy (methods.md), of results/imported/seed<k>.csv."""
     lines = ["### A stranger's policy", "",
@@ -450,6 +521,8 @@ def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
             lines = average_table(results)
         elif what == "times":
             lines = times_table()
+        elif what == "peers":
+            lines = peers_table(results)
         elif what == "imported":
             lines = stranger_table()
         elif what == "q_alignment" and (RESULTS / "q_alignment.md").exists():
@@ -482,6 +555,8 @@ def main() -> None:
     for task, runs in results.items():
         if compared(runs):
             picture(task, runs)
+    if PEER_RESULTS.exists():
+        peers_picture(results)
     overall_picture(results, [re.split(r"[ :]+", mark)[1:] for mark in overall_marks()])
     if any("dual-from-bear-lag" in runs for runs in results.values()):
         mismatch_picture(results)

@@ -176,6 +176,39 @@ def test_table_of_gradient_steps_has_the_seconds_of_runs_that_were_not_interrupt
         "| SafetyBallCircle-v0 | 1 (1) | 70.0 | 3.0 | 10.0 | 1.5 |  |"]
 
 
+@pytest.fixture
+def peers(results, tmp_path, monkeypatch):
+    """FSRL: 40 episodes, the last four earn 40 and cost 30. OmniSafe: a line per 2,000 steps."""
+    monkeypatch.setattr(report, "PEER_RESULTS", tmp_path / "peers")
+    for method, n, steps in ("fsrl-theirs", 40, 100), ("omnisafe-ours", 10, 2000):
+        folder = tmp_path / "peers/SafetyBallCircle-v0" / method
+        folder.mkdir(parents=True)
+        lines = ["env_steps,episode_return,episode_cost,cpu_seconds"]
+        for k in range(1, n + 1):
+            late = k > 0.9 * n
+            lines.append(f"{steps * k},{40 if late else 1},{30 if late else 25},{3 * k}")
+        (folder / "seed0.csv").write_text("\n".join(lines))
+    for method, seconds in ("offline", 50), ("marvel", 100), ("from-scratch", 300):
+        for seed in (0, 1):
+            (tmp_path / "SafetyBallCircle-v0" / method / f"seed{seed}.json").write_text(
+                f'{{"cpu_seconds": {seconds}, "resumed": false}}')
+    return results
+
+
+def test_peers_stand_beside_ours_with_the_seconds_of_the_offline_phase_in_marvels(peers, tmp_path):
+    """36 episodes cost 5 more than the limit and four 10 more: 220."""
+    rows = report.fill_tables("<!-- peers -->\n", peers).splitlines()[3:]
+    assert rows == [
+        "| SafetyBallCircle-v0 | FSRL's SACLag, its settings (1) | 4000 | 40.0 | 30.0 | 220.0 | 120 |",
+        "| SafetyBallCircle-v0 | OmniSafe's SACPID, ours (1) | 20000 | 40.0 | 30.0 |  | 30 |",
+        "| SafetyBallCircle-v0 | From Scratch (2) | 4000 | 10.0 ± 0.0 | 0.0 ± 0.0 | 10.0 ± 0.0 | 300 |",
+        "| SafetyBallCircle-v0 | Marvel (2) | 4000 | 10.0 ± 0.0 | 0.0 ± 0.0 | 10.0 ± 0.0 | 150 |"]
+    marvel = report.peer_runs(peers)["SafetyBallCircle-v0"]["marvel"][0]
+    assert marvel["cpu_seconds"][[0, 19]].tolist() == [52.5, 100.0]
+    report.peers_picture(peers)
+    assert (tmp_path / "peers.png").exists()
+
+
 def test_narrow_table_has_five_columns_of_the_sampled_policy(results):
     mark = "<!-- narrow SafetyBallCircle-v0: offline so2 marvel -->\n"
     assert report.fill_tables(mark, results).splitlines()[1:] == [
