@@ -412,19 +412,20 @@ def peers_picture(results: dict[str, dict[str, list[dict]]]) -> None:
 
 
 def stranger_table() -> list[str]:
-    """The runs from an imported policy (methods.md), of results/imported/seed<k>.csv."""
+    """The runs from imported policies (methods.md), of results/imported/<policy>/seed<k>.csv."""
     lines = ["### A stranger's policy", "",
-             "| seed | env steps | sampled return | cost | mean-action return | cost | violation regret "
-             "| mean cost of the last 20 episodes | that mean is above the limit until step |",
-             "|" + "---|" * 9]
-    for file in sorted((RESULTS / "imported").glob("seed*.csv")):
+             "| policy | seed | env steps | sampled return | cost | mean-action return | cost "
+             "| violation regret | mean cost of the last 20 episodes | that mean is above the limit until step |",
+             "|" + "---|" * 10]
+    for file in sorted((RESULTS / "imported").glob("*/seed*.csv")):
         run = read_metrics(file)
         rolling = rolling_mean(run["episode_cost"], 20)
         above = np.flatnonzero(rolling > COST_LIMIT)
         last = [run[f"eval_{how}_{what}"][-1] for how in ("sampled", "mean") for what in ("return", "cost")]
         numbers = [*last, run["violation_regret"][-1], rolling[-1]]
-        cells = [file.stem[4:], f"{run['env_steps'][-1]:.0f}", *(f"{x:.1f}" for x in numbers),
-                 f"{run['env_steps'][above[-1]]:.0f}" if len(above) else "never"]
+        cells = [file.parent.name, file.stem[4:], f"{run['env_steps'][-1]:.0f}"]
+        cells += [f"{x:.1f}" for x in numbers]
+        cells.append(f"{run['env_steps'][above[-1]]:.0f}" if len(above) else "never")
         lines.append("| " + " | ".join(cells) + " |")
     return lines + [""]
 

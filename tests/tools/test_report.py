@@ -176,6 +176,19 @@ def test_table_of_gradient_steps_has_the_seconds_of_runs_that_were_not_interrupt
         "| SafetyBallCircle-v0 | 1 (1) | 70.0 | 3.0 | 10.0 | 1.5 |  |"]
 
 
+def test_table_of_strangers_tells_until_when_the_mean_cost_is_above_the_limit(tmp_path, monkeypatch):
+    """Of 60 episodes the first 30 cost 40: the mean of 20 is 20.5 at the fortieth, then 18.6."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    (tmp_path / "imported/cost-99").mkdir(parents=True)
+    lines = ["env_steps,episode_cost,violation_regret,eval_sampled_return,eval_sampled_cost,eval_mean_return,"
+             "eval_mean_cost"]
+    for k in range(1, 61):
+        lines.append(f"{10 * k},{40 if k <= 30 else 1},{20 * min(k, 30)},5,6,7,8")
+    (tmp_path / "imported/cost-99/seed2.csv").write_text("\n".join(lines))
+    assert report.fill_tables("<!-- imported -->\n", {}).splitlines()[3:] == [
+        "| cost-99 | 2 | 600 | 5.0 | 6.0 | 7.0 | 8.0 | 600.0 | 1.0 | 400 |"]
+
+
 @pytest.fixture
 def peers(results, tmp_path, monkeypatch):
     """FSRL: 40 episodes, the last four earn 40 and cost 30. OmniSafe: a line per 2,000 steps."""
