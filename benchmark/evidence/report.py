@@ -415,7 +415,8 @@ def stranger_table() -> list[str]:
     """The runs from imported policies (methods.md), of results/imported/<policy>/seed<k>.csv."""
     lines = ["### A stranger's policy", "",
              "| policy | seed | env steps | sampled return | cost | mean-action return | cost "
-             "| violation regret | mean cost of the last 20 episodes | that mean is above the limit until step |",
+             "| violation regret | mean cost of the last 20 episodes "
+             "| that mean is above the limit until step |",
              "|" + "---|" * 10]
     for file in sorted((RESULTS / "imported").glob("*/seed*.csv")):
         run = read_metrics(file)
