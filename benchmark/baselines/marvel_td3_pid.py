@@ -1,6 +1,7 @@
 # Marvel (arXiv 2412.04426) on TD3 (Fujimoto et al. 2018, arXiv 1802.09477) in the place of SAC, with the same
 # pre-alignment, first multiplier and controller. The policy that learns is deterministic and has no entropy
-# term, what plays is that policy and noise of a fixed size. The offline policy's mean is where it starts.
+# term, what plays is that policy and noise of a fixed size before tanh. The offline policy's mean is where it
+# starts. Unlike TD3's, the actor climbs the smaller of both Q, as in Marvel, not the first one.
 # ruff: noqa: E402
 import math
 import os
@@ -89,9 +90,9 @@ class Args:
     actor_lr: float = 3e-4
     """learning rate of the actor"""
     tau: float = 0.005
-    """target networks' step per gradient step"""
+    """target networks' step per step of the actor"""
     actor_tau: float = 0.02
-    """the same of the policy, an average of the trained actor and TD3's target policy, per actor's step"""
+    """the same of the policy, TD3's target policy: an average of the trained actor, per step of that"""
 
     # --- Lagrange multiplier ---
     multiplier: Literal["apid", "pid", "dual", "fixed"] = "apid"
@@ -121,7 +122,7 @@ LOG_STD_MIN, LOG_STD_MAX = -5, 2
 ALIGNMENT_STATES = 4096  # states over which the first multiplier averages the critics' gradients
 TRUSTED_COSINE = 0.05  # of the critics' gradients; benchmark/methods.md has what it is on our tasks
 
-# metrics.csv, one line per episode; a new number needs its name here. Losses are those of the last gradient
+# metrics.csv, one line per episode; a new number needs its name here. Losses are those of their last gradient
 # step, q_mean and qc_mean are the critics' targets there, the gains are the next update's
 COLUMNS = (
     "env_steps", "episode", "episode_return", "episode_cost", "normalized_return", "normalized_cost",
@@ -508,8 +509,7 @@ def main(args: Args) -> None:
                     violation_regret=0.0,
                     largest_cost=float(offline_data.storage["costs"].max()))
     evaluations = {}
-    run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256,
-                          law=type(controller).__name__), progress,
+    run.keep(facts | dict(cost_limit=args.cost_limit, dataset_sha256=dataset_sha256), progress,
              actor=actor, trained_actor=trained_actor, q=q, qc=qc, q_target=q_target, qc_target=qc_target,
              critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer,
              controller=controller, buffer=buffer, rng=rng, evaluations=evaluations, constant=(offline_data,))
@@ -609,10 +609,6 @@ def main(args: Args) -> None:
             critic_optimizer.step()
             metrics |= critic_metrics
 
-            # --- Update target networks ---
-            follow(q_target, q, args.tau)
-            follow(qc_target, qc, args.tau)
-
             if step % args.policy_delay == 0:
                 # --- Update actor ---
                 loss = actor_loss(batch["observations"], trained_actor, q, qc, controller.multiplier)
@@ -620,6 +616,10 @@ def main(args: Args) -> None:
                 loss.backward(inputs=list(trained_actor.parameters()))  # leaves the critics alone
                 actor_optimizer.step()
                 metrics |= {"actor_loss": loss.detach()}
+
+                # --- Update target networks ---
+                follow(q_target, q, args.tau)
+                follow(qc_target, qc, args.tau)
 
                 # --- Average the actor ---
                 follow(actor, trained_actor, args.actor_tau)

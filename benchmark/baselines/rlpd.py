@@ -1,7 +1,7 @@
 # RLPD (Ball et al. 2023, arXiv 2302.02948), on Marvel's SAC with an adaptive PID Lagrangian: no offline phase
 # Networks start at random, half of every batch is from the dataset, and the critics' layers are normalised:
 # the values of actions that no data has do not run away. RLPD's other choices (ten critics, twenty gradient
-# steps per environment step) are left out: all methods take the same steps.
+# steps per environment step) are left out: it takes the steps that From Scratch takes.
 # ruff: noqa: E402
 import math
 import os
@@ -186,14 +186,16 @@ class Critic(nn.Module):
         for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):  # nn.Linear's own initialisation
             self.weights.append(torch.empty(n, fan_in, fan_out).uniform_(-1, 1) / math.sqrt(fan_in))
             self.biases.append(torch.empty(n, 1, fan_out).uniform_(-1, 1) / math.sqrt(fan_in))
+        self.scales = nn.ParameterList(torch.ones(n, 1, hidden) for _ in range(2))
+        self.shifts = nn.ParameterList(torch.zeros(n, 1, hidden) for _ in range(2))
 
     def forward(self, obs, act):
         """obs (batch, obs_dim), act (batch, act_dim) -> (n, batch)."""
         x = torch.cat([obs, act], -1).expand(self.n, -1, -1)
         x = torch.baddbmm(self.biases[0], x, self.weights[0])
-        x = F.layer_norm(x, x.shape[-1:]).relu_()
+        x = (F.layer_norm(x, x.shape[-1:]) * self.scales[0] + self.shifts[0]).relu_()
         x = torch.baddbmm(self.biases[1], x, self.weights[1])
-        x = F.layer_norm(x, x.shape[-1:]).relu_()
+        x = (F.layer_norm(x, x.shape[-1:]) * self.scales[1] + self.shifts[1]).relu_()
         # the last layer has one column: a sum is faster than a matrix product
         return (x * self.weights[2].mT).sum(-1) + self.biases[2].squeeze(-1)
 
@@ -439,8 +441,7 @@ def main(args: Args) -> None:
     qc = Critic(1, task.obs_dim, task.act_dim).to(device)
 
     # --- Dataset ---
-    # Marvel's critics are not normalised: it is not to take these
-    facts = task.facts() | dict(hidden=256, activation="relu of normalised layers", gamma=args.gamma,
+    facts = task.facts() | dict(hidden=256, activation="relu", gamma=args.gamma,
                                 reward_scale=args.reward_scale)
     dataset_file = common.find_dataset(task, args.dataset_path)
     dataset_sha256 = common.file_sha256(dataset_file)

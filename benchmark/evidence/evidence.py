@@ -20,8 +20,6 @@ import csv
 import hashlib
 import json
 import os
-import platform
-import re
 import socket
 import statistics
 import subprocess
@@ -39,6 +37,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+from benchmark.speed.clock import cpu_name  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 DATASETS = ROOT / "datasets"
@@ -270,18 +269,10 @@ def perform(job: Job, *failures: str | None) -> str | None:
     if status:
         return f"see {log}"
     took = {"wall_seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1), "resumed": goes_on,
-            "processor": processor()}
+            "processor": cpu_name()}  # another one rounds differently: the same seed has other numbers there
     write(job.result.with_suffix(".json"), json.dumps(took) + "\n")
     write(job.result, (job.folder / "metrics.csv").read_text())
     return None
-
-
-def processor() -> str:
-    """Its name: another one rounds differently, and the same seed gives other numbers there."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    names = re.findall(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    return names[0] if names else platform.machine()
 
 
 def describe_dataset(file: Path) -> str:

@@ -65,6 +65,11 @@ def rolling_mean(x: np.ndarray, window: int) -> np.ndarray:
     return (sums[k] - sums[np.maximum(k - window, 0)]) / np.minimum(k, window)
 
 
+def worst_window(run: dict) -> float:
+    """The largest mean cost of 20 consecutive episodes, or of all where there are fewer."""
+    return float(rolling_mean(run["episode_cost"], 20)[min(20, len(run["episode_cost"])) - 1:].max())
+
+
 def plateau(runs: list[dict]) -> float:
     """Mean training return over the last quarter of each run's steps, averaged over runs."""
     late = [run["env_steps"] > 0.75 * run["env_steps"][-1] for run in runs]
@@ -79,9 +84,14 @@ def steps_to(run: dict, target: float, window: int = 5) -> float:
     return float(run["env_steps"][np.argmax(good)]) if good.any() else float("nan")
 
 
+def short_name(task: str) -> str:
+    """DSRL's name of a task."""
+    return re.sub("^Safety|Gymnasium|-v[0-9]+$", "", task)
+
+
 def normalized(task: str, run: dict) -> tuple[float, float]:
     """The last sampled policy's return, 0 to 1 between DSRL's reference returns, and its cost / limit."""
-    name = re.sub("^Safety|Gymnasium|-v[0-9]+$", "", task)
+    name = short_name(task)
     low, high = infos.MIN_EPISODE_REWARD[name], infos.MAX_EPISODE_REWARD[name]
     return (run["eval_sampled_return"][-1] - low) / (high - low), run["eval_sampled_cost"][-1] / COST_LIMIT
 
@@ -91,53 +101,66 @@ def interquartile_mean(*samples: np.ndarray) -> float:
     return float(stats.trim_mean(np.concatenate(samples), 0.25))
 
 
-def overall_scores(results: dict[str, dict[str, list[dict]]], methods: Iterable[str]) -> dict[str, dict]:
-    """Each method over the tasks that have all of them: tasks, runs, (mean, low, high) of return and of cost.
+def mean_of_all(*samples: np.ndarray) -> float:
+    """The mean of all scores."""
+    return float(np.concatenate(samples).mean())
 
-    Interquartile means, and their 95 % interval from a bootstrap that draws seeds within every task.
+
+def overall_scores(results: dict[str, dict[str, list[dict]]], methods: Iterable[str]) -> dict[str, dict]:
+    """Each method over the tasks that have all of them, with as many seeds of a task as all have.
+
+    Of a method: tasks, runs, `over` (runs whose last policy costs more than the limit), and (mean, low, high)
+    of the return's interquartile mean and of the cost's mean, which hides no violation. The interval is of a
+    bootstrap that draws seeds within every task.
     """
     tasks = [task for task, runs in results.items() if set(methods) <= set(runs)]
+    seeds = {task: min(len(results[task][method]) for method in methods) for task in tasks}
     scores = {}
     for method in methods if tasks else ():
-        runs = {task: np.array([normalized(task, run) for run in results[task][method]]) for task in tasks}
-        scores[method] = {"tasks": tasks, "runs": sum(map(len, runs.values()))}
-        for k, what in enumerate(("return", "cost")):
-            samples = [values[:, k] for values in runs.values()]
+        runs = [np.array([normalized(task, run) for run in results[task][method][:seeds[task]]])
+                for task in tasks]
+        over = sum(int((values[:, 1] > 1).sum()) for values in runs)
+        scores[method] = {"tasks": tasks, "runs": sum(seeds.values()), "over": over}
+        for k, (what, mean) in enumerate((("return", interquartile_mean), ("cost", mean_of_all))):
+            samples = [values[:, k] for values in runs]
             low = high = float("nan")
-            if min(map(len, samples)) > 1:
-                low, high = stats.bootstrap(samples, interquartile_mean, n_resamples=2000, vectorized=False,
+            if min(seeds.values()) > 1:
+                low, high = stats.bootstrap(samples, mean, n_resamples=2000, vectorized=False,
                                             method="percentile", rng=0).confidence_interval
-            scores[method][what] = (interquartile_mean(*samples), low, high)
+            scores[method][what] = (mean(*samples), low, high)
     return scores
 
 
 def overall_table(results: dict[str, dict[str, list[dict]]], methods: list[str]) -> list[str]:
     """The summary over tasks."""
     scores = overall_scores(results, methods)
-    tasks = ", ".join(re.sub("^Safety|Gymnasium|-v[0-9]+$", "", task)
+    tasks = ", ".join(short_name(task)
                       for score in list(scores.values())[:1] for task in score["tasks"])
-    lines = ["", "", f"| over {tasks} (runs) | normalised return | normalised cost |", "|" + "---|" * 3]
+    header = [f"over {tasks} (runs)", "normalised return", "cost / limit", "last policies over the limit"]
+    lines = ["", "", "| " + " | ".join(header) + " |", "|" + "---|" * 4]
     for method, score in scores.items():
         cells = []
         for what in ("return", "cost"):
             mean, low, high = score[what]
             cells.append(f"{mean:.2f}" + (f" ({low:.2f} to {high:.2f})" if np.isfinite(low) else ""))
-        lines.append(f"| {method} ({score['runs']}) | {' | '.join(cells)} |")
+        lines.append(f"| {method} ({score['runs']}) | {' | '.join(cells)} | {score['over']} |")
     return lines + [""]
 
 
 def overall_picture(results: dict[str, dict[str, list[dict]]], groups: list[list[str]]) -> None:
     """Normalised return against normalised cost of the last policies, a panel per group of methods."""
     groups = [methods for methods in groups if overall_scores(results, methods)]
+    if not groups:
+        return
     figure = Figure(figsize=(5.5 * len(groups), 3.6), layout="constrained")
     for axes, methods in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         for method, score in overall_scores(results, methods).items():
             (x, x_low, x_high), (y, y_low, y_high) = score["cost"], score["return"]
             errors = dict(xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]])
-            axes.errorbar(x, y, **errors, fmt="o", color=OVERALL[method], label=f"{method} ({score['runs']})",
-                          capsize=2, lw=1)
+            axes.errorbar(x, y, **errors, fmt="o", color=OVERALL.get(method), capsize=2, lw=1,
+                          label=f"{method} ({score['runs']})")
         axes.axvline(1, color="k", ls="--", lw=1)
-        names = ", ".join(re.sub("^Safety|Gymnasium|-v[0-9]+$", "", task) for task in score["tasks"])
+        names = ", ".join(short_name(task) for task in score["tasks"])
         axes.set(title=names, xlabel="cost / limit (left of the line: safe)", ylabel="normalised return")
         axes.legend(fontsize=8)
     figure.savefig(RESULTS / "overall.png", dpi=100)
@@ -163,8 +186,7 @@ def table(task: str, runs: dict[str, list[dict]], methods: Iterable[str] = ()) -
             cells += [""] * (3 + len(targets))
         else:
             over = [100 * (run["episode_cost"] > COST_LIMIT).mean() for run in seeds]
-            worst = [rolling_mean(run["episode_cost"], 20)[min(20, len(run["episode_cost"])) - 1:].max()
-                     for run in seeds]
+            worst = [worst_window(run) for run in seeds]
             cells += [interval([run["violation_regret"][-1] for run in seeds]), interval(over) + " %",
                       interval(worst)]
             cells += [interval([steps_to(run, target) for run in seeds]) for target in targets]
@@ -282,7 +304,7 @@ def gradient_steps_table(results: dict[str, dict[str, list[dict]]]) -> list[str]
             seeds = runs.get(method, [])
             if not seeds:
                 continue
-            worst = [rolling_mean(run["episode_cost"], 20)[19:].max() for run in seeds]
+            worst = [worst_window(run) for run in seeds]
             took = [json.loads(file.read_text()) for file in (RESULTS / task / method).glob("seed*.json")]
             seconds = [run["cpu_seconds"] for run in took if not run["resumed"]]
             cells = [task, f"{utd:g} ({len(seeds)})",
@@ -333,51 +355,56 @@ def average_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
 
 
 def times_table() -> list[str]:
-    """What the runs took, of those that were not interrupted: means over seeds."""
+    """What the runs took, of those that were not interrupted: means over seeds on one processor."""
     lines = ["### What it takes", "",
-             "| task | method (runs) | CPU seconds | wall seconds |", "|" + "---|" * 4]
+             "| task | method (runs) | processor | CPU seconds | wall seconds |", "|" + "---|" * 5]
     for folder in sorted({file.parent for file in RESULTS.glob("*/*/seed*.json")}):
-        took = [json.loads(file.read_text()) for file in sorted(folder.glob("seed*.json"))]
-        took = [run for run in took if not run["resumed"]]
-        if took:
-            cpu, wall = (np.mean([run[f"{kind}_seconds"] for run in took]) for kind in ("cpu", "wall"))
-            lines.append(f"| {folder.parent.name} | {folder.name} ({len(took)}) | {cpu:.0f} | {wall:.0f} |")
+        runs = [json.loads(file.read_text()) for file in sorted(folder.glob("seed*.json"))]
+        for processor in sorted({run["processor"] for run in runs}):
+            took = [run for run in runs if run["processor"] == processor and not run["resumed"]]
+            if took:
+                cpu, wall = (np.mean([run[f"{kind}_seconds"] for run in took]) for kind in ("cpu", "wall"))
+                cells = [folder.parent.name, f"{folder.name} ({len(took)})", processor, f"{cpu:.0f}",
+                         f"{wall:.0f}"]
+                lines.append("| " + " | ".join(cells) + " |")
     return lines + [""]
 
 
-def peer_runs(results: dict[str, dict[str, list[dict]]]) -> dict[str, dict[str, list[dict]]]:
+def peer_runs() -> dict[str, dict[str, list[dict]]]:
     """Task -> method -> runs of the peers and of ours, with `cpu_seconds` of every episode.
 
     Ours have the seconds of the whole run only: they are spread evenly over the steps. Marvel's begin with
     those of the offline policy.
     """
-    def seconds(task: str, method: str, seed: int) -> float:
-        file = RESULTS / task / method / f"seed{seed}.json"
-        return json.loads(file.read_text())["cpu_seconds"] if file.exists() else float("nan")
+    def seconds(task: str, method: str, seed: str) -> float:
+        file = RESULTS / task / method / f"{seed}.json"
+        took = json.loads(file.read_text()) if file.exists() else {"resumed": True}
+        return float("nan") if took["resumed"] else took["cpu_seconds"]
 
     tasks = {}
     for task in sorted(folder.name for folder in PEER_RESULTS.glob("*")):
         tasks[task] = {}
         for method in PEERS:
-            runs = [read_metrics(file) for file in sorted((PEER_RESULTS / task / method).glob("seed*.csv"))]
-            if method in ("marvel", "from-scratch"):
-                runs = results.get(task, {}).get(method, [])
-            for seed, run in enumerate(runs):
-                if "cpu_seconds" not in run:
-                    before = seconds(task, "offline", seed) if method == "marvel" else 0.0
+            ours = method in ("marvel", "from-scratch")
+            runs = []
+            for file in sorted(((RESULTS if ours else PEER_RESULTS) / task / method).glob("seed*.csv")):
+                run = read_metrics(file)
+                if ours:
+                    before = seconds(task, "offline", file.stem) if method == "marvel" else 0.0
                     share = run["env_steps"] / run["env_steps"][-1]
-                    run["cpu_seconds"] = before + share * seconds(task, method, seed)
+                    run["cpu_seconds"] = before + share * seconds(task, method, file.stem)
+                runs.append(run)
             if runs:
                 tasks[task][method] = runs
     return tasks
 
 
-def peers_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
+def peers_table() -> list[str]:
     """The peers and ours: training episodes in the last tenth of the steps, and what the run took."""
     lines = ["### Peers, cost limit 20", "",
              "| task | method (seeds) | env steps | return in the last tenth of the steps | cost there "
              "| violation regret | CPU seconds |", "|" + "---|" * 7]
-    for task, runs in peer_runs(results).items():
+    for task, runs in peer_runs().items():
         for method, seeds in runs.items():
             cells = [task, f"{PEERS[method]} ({len(seeds)})", f"{seeds[0]['env_steps'][-1]:.0f}"]
             for what in ("return", "cost"):
@@ -392,9 +419,9 @@ def peers_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
     return lines + [""]
 
 
-def peers_picture(results: dict[str, dict[str, list[dict]]]) -> None:
+def peers_picture() -> None:
     """Return and cost against environment steps and against CPU seconds, a row of four panels per task."""
-    tasks = peer_runs(results)
+    tasks = peer_runs()
     figure = Figure(figsize=(15, 3.2 * len(tasks)), layout="constrained")
     grid = figure.subplots(len(tasks), len(PEER_PANELS), squeeze=False)
     for (task, runs), panels in zip(tasks.items(), grid, strict=True):
@@ -524,7 +551,7 @@ def fill_tables(text: str, results: dict[str, dict[str, list[dict]]]) -> str:
         elif what == "times":
             lines = times_table()
         elif what == "peers":
-            lines = peers_table(results)
+            lines = peers_table()
         elif what == "imported":
             lines = stranger_table()
         elif what == "q_alignment" and (RESULTS / "q_alignment.md").exists():
@@ -557,8 +584,8 @@ def main() -> None:
     for task, runs in results.items():
         if compared(runs):
             picture(task, runs)
-    if PEER_RESULTS.exists():
-        peers_picture(results)
+    if peer_runs():
+        peers_picture()
     overall_picture(results, [re.split(r"[ :]+", mark)[1:] for mark in overall_marks()])
     if any("dual-from-bear-lag" in runs for runs in results.values()):
         mismatch_picture(results)

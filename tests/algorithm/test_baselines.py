@@ -212,19 +212,24 @@ def test_every_update_of_the_critics_has_a_batch_and_noise_of_its_own():
 
 # --- RLPD ---
 def test_critics_layers_are_normalised_before_their_activation():
-    """By numpy, network by network: z of two layers has mean 0 and variance 1 over the units of a state."""
+    """By numpy, network by network: z of mean 0 and variance 1 over a layer's units, then scale and shift."""
     torch.manual_seed(0)
     critic = rlpd.Critic(2, 3, 1)
+    with torch.no_grad():
+        for parameter in [*critic.scales, *critic.shifts]:
+            parameter += torch.randn_like(parameter)
     obs, act = torch.randn(5, 3), torch.randn(5, 1)
     with torch.no_grad():
         values = critic(obs, act).numpy()
-    weights, biases = ([x.detach().numpy() for x in group] for group in (critic.weights, critic.biases))
+    weights, biases, scales, shifts = (
+        [x.detach().numpy() for x in group]
+        for group in (critic.weights, critic.biases, critic.scales, critic.shifts))
     for k in range(2):
         x = np.concatenate([obs, act], 1)
         for layer in range(2):
             z = x @ weights[layer][k] + biases[layer][k]
             z = (z - z.mean(1, keepdims=True)) / np.sqrt(z.var(1, keepdims=True) + 1e-5)
-            x = np.maximum(z, 0)
+            x = np.maximum(z * scales[layer][k] + shifts[layer][k], 0)
         np.testing.assert_allclose(values[k], (x @ weights[2][k] + biases[2][k])[:, 0], atol=1e-5)
 
 
@@ -242,7 +247,7 @@ def test_normalised_critics_stay_bounded_far_from_the_data():
 def test_marvels_script_refuses_critics_that_are_normalised(refusal, tmp_path):
     options = {**options_of("marvel"), "checkpoint": f"{run('rlpd').args.run_dir}/checkpoint.pt"}
     args = marvel_sac_pid.Args(**{**options, "run_dir": str(tmp_path / "run")})
-    assert "activation is relu of normalised layers" in refusal(marvel_sac_pid.main, args)
+    assert "q is another network, it differs in ['scales.0'" in refusal(marvel_sac_pid.main, args)
 
 
 # --- TD3 ---
@@ -322,9 +327,23 @@ def test_td3s_actor_and_its_average_step_once_every_policy_delay_and_the_multipl
     average = losses[0].actor_parameters
     for call in losses[1:]:
         average = (1 - ONLINE["actor_tau"]) * average + ONLINE["actor_tau"] * call.actor_parameters
-    last = new_run("td3", policy_delay=3, multiplier="dual", lagrange_init=0.5, cost_margin=0.0)
-    assert len(of(last, "critic_loss")) == lengths.sum() + 12  # VPA's 12
+    assert len(of(result, "critic_loss")) == lengths.sum() + 12  # VPA's 12
     targets = of(result, "smoothed_targets")[12:]
     assert {id(call.actor) for call in targets}.isdisjoint({id(call.actor) for call in losses})
     before_the_last = targets[-1 - (lengths[-1] - 1) % 3]  # the targets of the actor's last step
     torch.testing.assert_close(before_the_last.actor_parameters, average)
+
+
+def test_td3s_target_critics_follow_with_the_actor_and_its_noise_is_that_of_the_options():
+    """Of a block's critic updates number 0, 3, 6 ... move the targets, which the next ones show."""
+    result = new_run("td3", policy_delay=3)
+    targets, losses = of(result, "smoothed_targets"), of(result, "critic_loss")
+    assert {(call.noise_std, call.noise_clip) for call in targets} == {(0.25, 0.4)}  # VPA's too
+    lengths = np.diff(result.metrics["env_steps"], prepend=0).astype(int)
+    moves = [k % 3 == 0 for n in lengths for k in range(n)]
+    for now, later, critics, moved in zip(targets[12:-1], targets[13:], losses[13:], moves, strict=False):
+        expected = now.q_target_parameters
+        if moved:  # by a step of tau to the critic, whose parameters the next loss shows
+            expected = 0.99 * expected + 0.01 * critics.q_parameters
+        torch.testing.assert_close(later.q_target_parameters, expected)
+    assert 0 < sum(moves) < len(moves)

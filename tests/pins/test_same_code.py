@@ -98,8 +98,10 @@ def test_what_some_scripts_share_is_the_same_text(name, scripts):
 
 def test_critics_of_rlpd_are_marvels_but_for_the_normalised_layers():
     text = text_of(rlpd.Critic).replace("(obs, action), with normalised layers.", "(obs, action).")
+    text = re.sub(r"^ +self.(scales|shifts) = .*\n", "", text, flags=re.MULTILINE)
     for layer in "01":
-        text = text.replace(f"self.weights[{layer}])\n        x = F.layer_norm(x, x.shape[-1:]).relu_()",
+        normalised = f"(F.layer_norm(x, x.shape[-1:]) * self.scales[{layer}] + self.shifts[{layer}])"
+        text = text.replace(f"self.weights[{layer}])\n        x = {normalised}.relu_()",
                             f"self.weights[{layer}]).relu_()")
     assert text == text_of(marvel_sac_pid.Critic)
 

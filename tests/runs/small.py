@@ -116,7 +116,7 @@ def kinds(folder):
         "pex": (pex, {**ONLINE, **dataset, **start}),
         "so2": (so2, {**ONLINE, **dataset, **start, "critic_updates": 2}),
         "rlpd": (rlpd, {**ONLINE, **dataset, "learning_starts": 50}),
-        "td3": (marvel_td3_pid, {**ONLINE, **dataset, **start, **vpa}),
+        "td3": (marvel_td3_pid, {**ONLINE, **dataset, **start, **vpa, "checkpoint_every": 13}),
     }
 
 

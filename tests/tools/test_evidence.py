@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import tyro
 import common
 import marvel_sac_pid
 import offline_pretrain
-from benchmark.evidence import evidence
+from benchmark.evidence import evidence, report
 from benchmark.tools import collect_dataset
 
 TASK = "SafetyBallRun-v0"
@@ -121,7 +122,7 @@ def test_an_interrupted_run_goes_on_if_neither_command_nor_code_has_changed(grid
     assert grid.options["from-scratch"][1] != "--resume" and grid.options["from-scratch"][-1] == "--overwrite"
     took = json.loads((grid.folder / "results" / TASK / "from-scratch/seed0.json").read_text())
     assert took == {"wall_seconds": 12.3, "cpu_seconds": 5.7, "resumed": False,
-                    "processor": evidence.processor()}
+                    "processor": evidence.cpu_name()}
     assert len(took["processor"]) > 3
 
 
@@ -190,6 +191,16 @@ def test_fixed_multiplier_is_the_mean_of_the_second_half_of_marvels_run(grid):
     assert command[command.index("--lagrange-init") + 1] == "2.333"
 
 
+def test_a_plan_has_every_job_after_those_that_it_needs(grid):
+    """Ray takes the jobs in this order; threads would wait."""
+    args = evidence.Args(tasks=(TASK,), methods=("fixed", "marvel-from-cpq", "cpq", "marvel"), seeds=(1, 0))
+    before = set()
+    for job in evidence.plan(args, grid.folder):
+        assert before >= set(job.needs), job.name
+        before.add(job.name)
+    assert len(before) == 11
+
+
 def test_missing_dataset_is_collected_first(grid, monkeypatch):
     monkeypatch.setattr(evidence, "DATASETS", grid.folder)
     assert grid.run("marvel")[1][0] == ("collect_dataset.py", TASK)
@@ -214,6 +225,15 @@ def test_settings_name_known_tasks_methods_and_options():
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
         args = getattr(module, "Args", marvel_sac_pid.Args)  # the released controller runs under Marvel's
         tyro.cli(args, args=options.split())
+
+
+def test_settings_have_every_method_that_the_pages_tables_name():
+    """Or its results would be left out."""
+    for page in report.PAGES:
+        for task, methods in re.findall(r"<!-- (?:narrow |equal )?(Safety\S+): (.+) -->", page.read_text()):
+            assert set(methods.split()) <= set(evidence.SETTINGS[task]["methods"].split()), (page, task)
+        for methods in re.findall(r"<!-- overall: (.+) -->", page.read_text()):
+            assert set(methods.split()) <= set(report.OVERALL), page
 
 
 def test_settings_ask_for_every_seed_that_the_tables_have():

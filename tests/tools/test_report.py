@@ -102,13 +102,16 @@ def test_table_of_the_average_shows_every_seed_with_and_without_it(results):
         "| SafetyBallCircle-v0 | no-average | 10 | 1.5 | 10 |"]
 
 
-def test_table_of_times_leaves_resumed_runs_out(results, tmp_path):
+def test_table_of_times_leaves_resumed_runs_out_and_mixes_no_processors(results, tmp_path):
     folder = tmp_path / "SafetyBallCircle-v0/marvel"
-    for seed, (cpu, wall, resumed) in enumerate([(10, 12, "false"), (20, 22.4, "false"), (1, 1, "true")]):
+    took = [(10, 12, "false", "A"), (20, 22.4, "false", "A"), (1, 1, "true", "A"), (50, 60, "false", "B")]
+    for seed, (cpu, wall, resumed, processor) in enumerate(took):
         (folder / f"seed{seed}.json").write_text(
-            f'{{"cpu_seconds": {cpu}, "wall_seconds": {wall}, "resumed": {resumed}}}')
+            f'{{"cpu_seconds": {cpu}, "wall_seconds": {wall}, "resumed": {resumed}, '
+            f'"processor": "{processor}"}}')
     assert report.fill_tables("<!-- times -->\n", results).splitlines()[3:] == [
-        "| SafetyBallCircle-v0 | marvel (2) | 15 | 17 |"]
+        "| SafetyBallCircle-v0 | marvel (2) | A | 15 | 17 |",
+        "| SafetyBallCircle-v0 | marvel (1) | B | 50 | 60 |"]
 
 
 def test_table_of_limits_counts_the_windows_over_each_ones_own(results):
@@ -144,13 +147,26 @@ def test_summary_over_tasks_is_of_the_tasks_that_all_methods_have(results):
     """Two seeds of returns 70 and 71 at a cost of 3: 0.079 between 0.38 and 881.46, and 0.15 of the limit."""
     mark = "<!-- overall: offline marvel from-scratch -->\n"
     head, _, *rows = report.fill_tables(mark, results).splitlines()[1:]
-    assert head == "| over BallCircle (runs) | normalised return | normalised cost |"
-    assert rows[1] == "| marvel (2) | 0.08 (0.08 to 0.08) | 0.15 (0.15 to 0.15) |"
+    assert head.startswith("| over BallCircle (runs) | normalised return | cost / limit | last policies over")
+    assert rows[1] == "| marvel (2) | 0.08 (0.08 to 0.08) | 0.15 (0.15 to 0.15) | 0 |"
     results["SafetyCarRun-v0"]["from-scratch"] = results["SafetyBallCircle-v0"]["from-scratch"]
     head, _, *rows = report.fill_tables(mark, results).splitlines()[1:]
     assert head.startswith("| over BallCircle, CarRun (runs)") and rows[1].startswith("| marvel (3) | ")
     assert " to " not in rows[1]  # one seed has no interval
     assert len(report.fill_tables("<!-- overall: marvel so2 -->\n", results).splitlines()) == 3
+
+
+def test_summary_over_tasks_takes_equal_numbers_of_seeds_and_hides_no_violation():
+    """Equal seeds are equal whatever else one method has; a policy at four times the limit shows."""
+    def runs(cost, *returns):
+        return [{"eval_sampled_return": np.array([x]), "eval_sampled_cost": np.array([cost])}
+                for x in returns]
+    results = {"SafetyBallCircle-v0": {"a": runs(5.0, 100.0, 100.0, 100.0), "b": runs(5.0, 100.0)},
+               "SafetyCarRun-v0": {"a": runs(80.0, 500.0), "b": runs(80.0, 500.0, 500.0, 500.0)}}
+    scores = report.overall_scores(results, ["a", "b"])
+    assert scores["a"]["return"][0] == scores["b"]["return"][0]
+    assert scores["a"]["runs"] == scores["b"]["runs"] == 2
+    assert scores["a"]["cost"][0] == pytest.approx((0.25 + 4) / 2) and scores["a"]["over"] == 1
 
 
 def test_interval_of_the_summary_draws_seeds_within_tasks():
@@ -201,10 +217,12 @@ def peers(results, tmp_path, monkeypatch):
             late = k > 0.9 * n
             lines.append(f"{steps * k},{40 if late else 1},{30 if late else 25},{3 * k}")
         (folder / "seed0.csv").write_text("\n".join(lines))
-    for method, seconds in ("offline", 50), ("marvel", 100), ("from-scratch", 300):
+    took = {"offline": (50, 70), "marvel": (100, 110), "from-scratch": (300, 1)}
+    for method, seconds in took.items():
         for seed in (0, 1):
+            resumed = str(seconds[seed] == 1).lower()
             (tmp_path / "SafetyBallCircle-v0" / method / f"seed{seed}.json").write_text(
-                f'{{"cpu_seconds": {seconds}, "resumed": false}}')
+                f'{{"cpu_seconds": {seconds[seed]}, "resumed": {resumed}}}')
     return results
 
 
@@ -215,10 +233,11 @@ def test_peers_stand_beside_ours_with_the_seconds_of_the_offline_phase_in_marvel
         "| SafetyBallCircle-v0 | FSRL's SACLag, its settings (1) | 4000 | 40.0 | 30.0 | 220.0 | 120 |",
         "| SafetyBallCircle-v0 | OmniSafe's SACPID, ours (1) | 20000 | 40.0 | 30.0 |  | 30 |",
         "| SafetyBallCircle-v0 | From Scratch (2) | 4000 | 10.0 ± 0.0 | 0.0 ± 0.0 | 10.0 ± 0.0 | 300 |",
-        "| SafetyBallCircle-v0 | Marvel (2) | 4000 | 10.0 ± 0.0 | 0.0 ± 0.0 | 10.0 ± 0.0 | 150 |"]
-    marvel = report.peer_runs(peers)["SafetyBallCircle-v0"]["marvel"][0]
-    assert marvel["cpu_seconds"][[0, 19]].tolist() == [52.5, 100.0]
-    report.peers_picture(peers)
+        "| SafetyBallCircle-v0 | Marvel (2) | 4000 | 10.0 ± 0.0 | 0.0 ± 0.0 | 10.0 ± 0.0 | 165 |"]
+    first, second = report.peer_runs()["SafetyBallCircle-v0"]["marvel"]
+    assert first["cpu_seconds"][[0, 19]].tolist() == [52.5, 100.0]
+    assert second["cpu_seconds"][-1] == 180.0
+    report.peers_picture()
     assert (tmp_path / "peers.png").exists()
 
 
@@ -262,7 +281,9 @@ def test_equal_table_of_what_is_not_there_is_empty_and_an_offline_policy_takes_n
 def test_pictures_of_small_results(results, tmp_path):
     report.picture("SafetyBallCircle-v0", results["SafetyBallCircle-v0"])
     report.mismatch_picture(results)
-    report.overall_picture(results, [["offline", "marvel"], ["marvel", "so2"]])
+    report.overall_picture(results, [["marvel", "so2"]])  # no task has both: no picture
+    assert not (tmp_path / "overall.png").exists()
+    report.overall_picture(results, [["offline", "marvel", "dual-from-bear-lag"], ["marvel", "so2"]])
     made = {file.name for file in tmp_path.glob("*.png")}
     assert made == {"SafetyBallCircle-v0.png", "lagrangian_mismatch.png", "overall.png"}
 
