@@ -6,9 +6,10 @@
   omnisafe/bin/python benchmark/peers/omnisafe_sacpid.py --settings ours
 
 `theirs` are OmniSafe's defaults, under which the multiplier is left alone for the first 100 epochs, 200,000
-steps. `ours` are those of From Scratch (marvel_sac_pid.py) as far as OmniSafe has the option, its controller
-from the first update on, with its own gains. Either is asked for the same cost limit. OmniSafe logs means of
-the last ten episodes. Writes one line per 2,000 steps: env_steps, episode_return, episode_cost, cpu_seconds.
+steps. `ours` are those of From Scratch (marvel_sac_pid.py) as far as OmniSafe has the option: its controller,
+with its own gains, from the second epoch of 2,000 steps on. Either is asked for the same cost limit. Writes
+one line per training episode: env_steps, episode_return, episode_cost, cpu_seconds (with the evaluation
+episode that OmniSafe plays after every epoch).
 """
 import argparse
 import csv
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import omnisafe
+import safety_gymnasium
 
 RESULTS = Path(__file__).parent / "results"
 OURS = {
@@ -24,6 +26,36 @@ OURS = {
                   "alpha": 0.1, "warmup_epochs": 0, "cost_normalize": False},
     "model_cfgs": {"actor": {"lr": 3e-4}, "critic": {"lr": 1e-3}},
 }
+
+
+class Recorder:
+    """A simulator that writes a line per episode; its step returns the cost as the third of six values."""
+
+    def __init__(self, env, file):
+        self.env = env
+        self.file = file
+        self.rows = csv.writer(file)
+        self.rows.writerow(["env_steps", "episode_return", "episode_cost", "cpu_seconds"])
+        self.env_steps = 0
+        self.episode_return = 0.0
+        self.episode_cost = 0.0
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+
+    def step(self, action):
+        result = self.env.step(action)
+        _, reward, cost, terminated, truncated, _ = result
+        self.env_steps += 1
+        self.episode_return += reward
+        self.episode_cost += cost
+        if terminated or truncated:
+            self.rows.writerow([self.env_steps, f"{self.episode_return:.6g}", f"{self.episode_cost:.6g}",
+                                f"{time.process_time():.1f}"])
+            self.file.flush()
+            self.episode_return = 0.0
+            self.episode_cost = 0.0
+        return result
 
 
 def main() -> None:
@@ -36,27 +68,23 @@ def main() -> None:
     args = parser.parse_args()
     task = args.env_id.replace("-v", "Gymnasium-v")  # Safety-Gymnasium's name of the task as Gymnasium has it
     result = RESULTS / task / f"omnisafe-{args.settings}" / f"seed{args.seed}.csv"
+    result.parent.mkdir(parents=True, exist_ok=True)
+    part = result.with_suffix(".part")  # renamed when the run has ended
     options = {"seed": args.seed, "lagrange_cfgs": {"cost_limit": args.cost_limit}}
     options["train_cfgs"] = {"total_steps": args.total_timesteps, "torch_threads": 1}
     if args.settings == "ours":
         options |= OURS
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, open(part, "w", newline="") as file:
         options["logger_cfgs"] = {"log_dir": folder, "use_wandb": False, "use_tensorboard": False}
-        began = time.process_time()
-        agent = omnisafe.Agent("SACPID", args.env_id, custom_cfgs=options)
-        agent.learn()
-        seconds = time.process_time() - began
-        (file,) = Path(folder).rglob("progress.csv")
-        rows = list(csv.DictReader(file.open()))
-    result.parent.mkdir(parents=True, exist_ok=True)
-    part = result.with_suffix(".part")
-    total = float(rows[-1]["Time/Total"])
-    with open(part, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["env_steps", "episode_return", "episode_cost", "cpu_seconds"])
-        for row in rows:  # its log has wall seconds
-            table.writerow([int(float(row["TotalEnvSteps"])), row["Metrics/EpRet"], row["Metrics/EpCost"],
-                            f"{seconds * float(row['Time/Total']) / total:.1f}"])
+        make, made = safety_gymnasium.make, []
+
+        def recorded(*names, **given):
+            """The first simulator that OmniSafe makes is the one that it trains in, the second evaluates."""
+            made.append(make(*names, **given))
+            return Recorder(made[0], file) if len(made) == 1 else made[-1]
+
+        safety_gymnasium.make = recorded
+        omnisafe.Agent("SACPID", args.env_id, custom_cfgs=options).learn()
     part.rename(result)
 
 
