@@ -61,6 +61,7 @@ METHODS = {
     "offline-no-imitation": (OFFLINE, None, "--bc-weight 0"),
     "offline-no-average": (OFFLINE, None, "--actor-tau 1"),
     "offline-one-tau": (OFFLINE, None, "--qc-tau 0.02"),
+    "offline-long": (OFFLINE, None, "--update-steps 10000"),
     # the main table
     "marvel": (MARVEL, "offline", ""),
     "warm-start": (MARVEL, "offline", "--vpa-steps 0"),

@@ -35,7 +35,8 @@ MISMATCH = {"dual-from-bear-lag": "dual ascent from BEAR-Lag's multiplier", "vpa
 OFFLINE = {"offline": "offline_pretrain.py", "cpq": "CPQ", "bear-lag": "BEAR-Lag", "bc-safe": "BC-Safe"}
 OFFLINE_PARTS = {"offline": "offline_pretrain.py", "cpq": "with CPQ's penalty",
                  "offline-no-imitation": "without imitation", "offline-no-average": "without the average",
-                 "offline-one-tau": "Qc's target as slow as Q's"}
+                 "offline-one-tau": "Qc's target as slow as Q's",
+                 "offline-long": "10,000 updates instead of 4,000"}
 # what the summary over tasks may compare, in its colours
 OVERALL = {"offline": "black", "marvel": "tab:blue", "marvel-td3": "tab:cyan", "warm-start": "tab:orange",
            "jsrl": "tab:purple", "pex": "tab:brown", "so2": "tab:pink", "rlpd": "tab:olive",
@@ -259,7 +260,7 @@ def offline_parts_table(results: dict[str, dict[str, list[dict]]]) -> list[str]:
              "| task (75th percentile of the data's safe episodes) | policy | return of each seed | cost |",
              "|" + "---|" * 4]
     for task, runs in results.items():
-        if "offline-one-tau" not in runs:
+        if not set(OFFLINE_PARTS) - {"offline"} & set(runs):
             continue
         best = read_metrics(RESULTS / task / "dataset.csv")["safe_q75"][0]
         for method, name in OFFLINE_PARTS.items():
