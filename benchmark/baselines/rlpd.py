@@ -266,7 +266,8 @@ class PIDLagrangian:
         else:                I <- f I                   each gain <- max(f gain, its first value)
     Gains stay below max_growth times their first value; f is 1 where m and the target are 0. adapt_rate = 0
     is plain PID, with kp = kd = 0 dual ascent. C starts at 0, so that the first d_delay updates see it rise.
-    P, I, C and the gains have no unit; that of the multiplier, reward per cost, is in `unit` alone.
+    P, I, C and the gains have no unit; that of the multiplier, reward per cost, is in `unit` alone. The
+    scripts' gains are for cost_unit = cost_limit and the n of every block: copy these with the class.
 
     The target is `margin` standard deviations of the last `spread_window` episodes' costs below the limit. An
     episode that is not played yet counts as half the limit away from their mean, and the deviation is kept
@@ -370,7 +371,7 @@ class PIDLagrangian:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from what state_dict gave."""
-        for name, value in state.items():
+        for name, value in deepcopy(state).items():
             mine = getattr(self, name)
             setattr(self, name, deque(value, mine.maxlen) if isinstance(mine, deque) else value)
 

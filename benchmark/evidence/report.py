@@ -307,7 +307,9 @@ def gradient_steps_table(results: dict[str, dict[str, list[dict]]]) -> list[str]
                 continue
             worst = [worst_window(run) for run in seeds]
             took = [json.loads(file.read_text()) for file in (RESULTS / task / method).glob("seed*.json")]
-            seconds = [run["cpu_seconds"] for run in took if not run["resumed"]]
+            # of one processor: where it was not recorded it was another
+            seconds = [run["cpu_seconds"] for run in took
+                       if not run["resumed"] and run["processor"] != "not recorded"]
             cells = [task, f"{utd:g} ({len(seeds)})",
                      interval([run["eval_sampled_return"][-1] for run in seeds]),
                      interval([run["eval_sampled_cost"][-1] for run in seeds]),

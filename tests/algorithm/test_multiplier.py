@@ -1,6 +1,7 @@
 """The Lagrange multiplier's controller: its start, plain PID, our adaptation, and the released one."""
 
 import math
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -353,5 +354,8 @@ def test_saved_controller_continues_identically(law, length):
     state = controller.state_dict()
     expected = multipliers(controller, costs[length:])  # the state does not change with it
     other.load_state_dict(state)
+    third = deepcopy(other)
+    third.load_state_dict(state)
     assert multipliers(other, costs[length:]) == expected
     assert other.metrics() == controller.metrics()
+    assert multipliers(third, costs[length:]) == expected  # what another took from the state is its own

@@ -186,7 +186,8 @@ def test_table_of_gradient_steps_has_the_seconds_of_runs_that_were_not_interrupt
     runs["utd-1"] = runs["marvel"][:1]
     folder = tmp_path / "SafetyBallCircle-v0/marvel"
     for seed, (seconds, resumed) in enumerate([(30, "false"), (1, "true")]):
-        (folder / f"seed{seed}.json").write_text(f'{{"cpu_seconds": {seconds}, "resumed": {resumed}}}')
+        (folder / f"seed{seed}.json").write_text(
+            f'{{"cpu_seconds": {seconds}, "resumed": {resumed}, "processor": "A"}}')
     assert report.fill_tables("<!-- gradient steps -->\n", results).splitlines()[3:] == [
         "| SafetyBallCircle-v0 | 0.5 (2) | 70.5 ± 6.4 | 3.0 ± 0.0 | 10.0 ± 0.0 | 1.5 ± 0.0 | 30 |",
         "| SafetyBallCircle-v0 | 1 (1) | 70.0 | 3.0 | 10.0 | 1.5 |  |"]
