@@ -381,8 +381,9 @@ def peer_runs() -> dict[str, dict[str, list[dict]]]:
     """
     def seconds(task: str, method: str, seed: str) -> float:
         file = RESULTS / task / method / f"{seed}.json"
-        took = json.loads(file.read_text()) if file.exists() else {"resumed": True}
-        return float("nan") if took["resumed"] else took["cpu_seconds"]
+        took = json.loads(file.read_text()) if file.exists() else {"resumed": True, "processor": ""}
+        compares = not took["resumed"] and took["processor"] != "not recorded"  # that was another machine
+        return took["cpu_seconds"] if compares else float("nan")
 
     tasks = {}
     for task in sorted(folder.name for folder in PEER_RESULTS.glob("*")):

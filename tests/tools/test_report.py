@@ -223,7 +223,7 @@ def peers(results, tmp_path, monkeypatch):
         for seed in (0, 1):
             resumed = str(seconds[seed] == 1).lower()
             (tmp_path / "SafetyBallCircle-v0" / method / f"seed{seed}.json").write_text(
-                f'{{"cpu_seconds": {seconds[seed]}, "resumed": {resumed}}}')
+                f'{{"cpu_seconds": {seconds[seed]}, "resumed": {resumed}, "processor": "A"}}')
     return results
 
 
